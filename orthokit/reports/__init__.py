@@ -1,0 +1,27 @@
+"""Executed notebooks, an offline HTML report, and the ledger of claims."""
+
+from orthokit.figures.intervals import mean_interval
+from orthokit.reports.claims import Claim, Ledger, decide, read_metrics, record_metrics
+from orthokit.reports.notebook import SIZES, Setup, setup
+from orthokit.reports.runner import Report, report
+from orthokit.reports.sources import find_notebooks, read_source
+from orthokit.reports.status import STATES, Folder, Status
+
+__all__ = [
+    "SIZES",
+    "STATES",
+    "Claim",
+    "Folder",
+    "Ledger",
+    "Report",
+    "Setup",
+    "Status",
+    "decide",
+    "find_notebooks",
+    "mean_interval",
+    "read_metrics",
+    "read_source",
+    "record_metrics",
+    "report",
+    "setup",
+]

@@ -1,0 +1,240 @@
+"""Studies: many small measurements, made once, resumable, in parallel, recorded with how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import orthokit
+from orthokit.errors import OptionError, ReportError, unknown_name
+from orthokit.lab.progress import Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["SIZES", "Study", "evidence_root", "load_evidence", "run_study", "source_hash"]
+
+SIZES = ("full", "smoke")
+Unit = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question that needs many seeds.
+
+    Args:
+        name: Name of the study and of its folder under ``evidence/``.
+        question: What it asks, in one sentence.
+        units: ``units(size, seeds)`` lists the independent measurements as JSON-able dictionaries.
+        measure: ``measure(unit)`` makes one and returns its rows; a module-level function, so that workers find it.
+        summarise: Turns all rows into the table that is kept; default all rows as they are.
+        seeds: Default number of seeds.
+    """
+
+    name: str
+    question: str
+    units: Callable[[str, int], list[Unit]]
+    measure: Callable[[Unit], list[Row]]
+    summarise: Callable[[pd.DataFrame], pd.DataFrame] | None = None
+    seeds: int = 5
+
+
+def source_hash() -> str:
+    """Twelve hexadecimal digits that change when any line of the library changes."""
+    root = Path(orthokit.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def evidence_root() -> Path:
+    """The folder of recorded evidence: the checkout's ``evidence/``, else the copy inside the installed package."""
+    package = Path(orthokit.__file__).parent
+    checkout = package.parent / "evidence"
+    return checkout if checkout.is_dir() else package / "_evidence"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, cores, torch, Python."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def run_study(
+    study: Study,
+    *,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    seeds: int | None = None,
+    size: str = "full",
+    fresh: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Make a study and record it; an interrupted one goes on where it stopped.
+
+    Args:
+        study: The study.
+        out: Folder of evidence; default :func:`evidence_root`.
+        jobs: Worker processes, ``>= 1``; the cores are shared among them. Default 1.
+        seeds: Number of seeds, ``>= 2``; default the study's own.
+        size: ``"full"`` (default) or ``"smoke"``, a few seconds, for tests.
+        fresh: Throw away what an interrupted run left; default ``False``.
+        progress: Show a progress line.
+
+    Returns:
+        The folder with ``results.csv`` and ``study.json``.
+
+    Raises:
+        UnknownNameError: Unknown size.
+        OptionError: ``jobs`` or ``seeds`` out of range.
+        ReportError: What an interrupted run left was made by another version of the code or with other options.
+    """
+    if size not in SIZES:
+        raise unknown_name("study size", size, SIZES)
+    count = study.seeds if seeds is None else seeds
+    if jobs < 1 or count < 2:
+        raise OptionError(f"need jobs >= 1 and seeds >= 2 for an interval; got jobs={jobs}, seeds={count}.")
+    folder = (evidence_root() if out is None else Path(out)) / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "partial.jsonl"
+    units = study.units(size, count)
+    header = {"study": study.name, "source": source_hash(), "size": size, "seeds": count, "units": len(units)}
+    done = {} if fresh else _recorded(partial, header)
+    started = time.time()
+    if not done:
+        partial.write_text(json.dumps(header) + "\n")
+    todo = [unit for unit in units if _key(unit) not in done]
+    with partial.open("a") as file, Progress(study.name, steps=len(units), start=len(done), enabled=progress) as bar:
+        for unit, rows in _measured(study, todo, jobs):
+            done[_key(unit)] = rows
+            file.write(json.dumps({"unit": unit, "rows": rows}) + "\n")
+            file.flush()
+            bar.update(len(done), {})
+    return _publish(study, folder, header, [done[_key(unit)] for unit in units], jobs, time.time() - started)
+
+
+def _key(unit: Unit) -> str:
+    return json.dumps(unit, sort_keys=True)
+
+
+def _recorded(partial: Path, header: dict[str, Any]) -> dict[str, list[Row]]:
+    """What an earlier, interrupted run of the same study left."""
+    if not partial.exists():
+        return {}
+    lines = partial.read_text().splitlines()
+    try:
+        found = json.loads(lines[0]) if lines else None
+    except ValueError:
+        found = None
+    if found != header:
+        raise ReportError(
+            f"{partial} was left by another version of the code or with other options; results must not be mixed. "
+            "Add --fresh to start anew."
+        )
+    done = {}
+    for line in lines[1:]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break  # the line that a kill cut short; its unit is measured again
+        done[_key(entry["unit"])] = entry["rows"]
+    return done
+
+
+def _measured(study: Study, units: list[Unit], jobs: int) -> Iterator[tuple[Unit, list[Row]]]:
+    if jobs == 1:
+        for unit in units:
+            yield unit, study.measure(unit)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ExitStack() as stack:
+        # spawn: a forked child would inherit torch's thread pool in a state it cannot use.
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        waiting = {pool.submit(study.measure, unit): unit for unit in units}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+def _publish(
+    study: Study, folder: Path, header: dict[str, Any], results: Iterable[list[Row]], jobs: int, seconds: float
+) -> Path:
+    import pandas as pd
+
+    table = pd.DataFrame([row for rows in results for row in rows])
+    table = table if study.summarise is None else study.summarise(table)
+    arguments = [study.name, *(["--size", header["size"]] if header["size"] != "full" else [])]
+    record = {
+        "study": study.name,
+        "question": study.question,
+        **{name: header[name] for name in ("size", "seeds", "units", "source")},
+        "orthokit": orthokit.__version__,
+        "command": " ".join(["orthokit study", *arguments, f"--jobs {jobs} --seeds {header['seeds']}"]),
+        "machine": machine() | {"jobs": jobs, "threads": torch.get_num_threads() if jobs == 1 else None},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds_of_last_session": round(seconds),
+        "columns": list(table.columns),
+    }
+    (folder / "results.csv.tmp").write_text(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    (folder / "study.json.tmp").write_text(json.dumps(record, indent=1) + "\n")
+    for name in ("results.csv", "study.json"):
+        (folder / f"{name}.tmp").replace(folder / name)
+    (folder / "partial.jsonl").unlink(missing_ok=True)
+    return folder
+
+
+def load_evidence(name: str, *, root: str | Path | None = None) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The recorded results of a study and how they were made.
+
+    Args:
+        name: Name of the study.
+        root: Folder of evidence; default :func:`evidence_root`.
+
+    Returns:
+        The table and the record (command, seeds, machine, date, hash of the source).
+
+    Raises:
+        ReportError: Nothing is recorded under that name, or the record is damaged.
+
+    Example:
+        >>> table, record = load_evidence("synthetic_gap")
+        >>> record["seeds"]
+        10
+    """
+    import pandas as pd
+
+    folder = (evidence_root() if root is None else Path(root)) / name
+    try:
+        return pd.read_csv(folder / "results.csv"), json.loads((folder / "study.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"no readable evidence in {folder} ({error}). Make it with: orthokit study {name}") from error
