@@ -1,15 +1,49 @@
 """Shared test set-up: shape annotations are checked at run time in tests, and only there."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import config, install_import_hook
 
 # Must run before the first import of orthokit: the hook rewrites modules as they load.
-install_import_hook("orthokit", "beartype.beartype")
-# A test run never writes into the user's cache or run folders.
-os.environ.setdefault("PYTHONHASHSEED", "0")
+install_import_hook("orthokit", "typecheck.checked")
+
+# A test run never writes into the user's cache or run folders; both are inherited by every process a test starts.
+_SCRATCH = Path(tempfile.mkdtemp(prefix="orthokit-tests-"))
+os.environ["ORTHOKIT_CACHE"] = str(_SCRATCH / "cache")
+os.environ["ORTHOKIT_RUNS"] = str(_SCRATCH / "runs")
+
+# Shared machines stall: a deadline would fail tests for the weather. CI draws the same examples every time.
+settings.register_profile("orthokit", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("orthokit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot do, with the reason; in CI a missing browser is a failure, not a skip."""
+    import torch
+
+    from orthokit.figures import browser_path
+
+    if browser_path() is None and not os.environ.get("CI"):
+        missing = pytest.mark.skip(reason="no Chrome or Chromium on PATH; install one or set BROWSER_PATH")
+        for item in items:
+            if "browser" in item.keywords:
+                item.add_marker(missing)
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(no_gpu)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the scratch folder of the run."""
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
 @pytest.fixture

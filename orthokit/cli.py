@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--out", type=Path, default=None, metavar="DIR", help="where to leave the results (default evidence/)"
     )
+    study.add_argument("--size", default="full", metavar="SIZE", help="full (default) or smoke (seconds, for tests)")
+    study.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
     study.set_defaults(command=_study)
 
     _described(commands, "dash", "open the live pages in a browser (see orthokit dash --help)")
@@ -180,12 +182,8 @@ def _study(options: argparse.Namespace) -> int:
         return OK
     if options.name is None:
         raise OptionError(f"name a study: {', '.join(studies.names())}.")
-    if options.jobs < 1:
-        raise OptionError(f"--jobs must be at least 1; got {options.jobs}.")
-    chosen = {"out": options.out, "seeds": options.seeds, "jobs": options.jobs}
-    result = studies.run(options.name, **{name: value for name, value in chosen.items() if value is not None})
-    if result is not None:
-        print(result)
+    chosen = {name: getattr(options, name) for name in ("out", "seeds", "jobs", "size", "fresh")}
+    print(studies.run(options.name, **chosen))
     return OK
 
 
@@ -212,8 +210,8 @@ def _ledger(options: argparse.Namespace) -> int:
     """Prints the claims of a report."""
     from orthokit.reports import ledger
 
-    origin, found = ledger.load(options.folder, Path("reports"))
-    print(f"{origin}\n")
+    folder, found = ledger.load(options.folder, Path("reports"))
+    print(f"{folder}\n")
     print(ledger.as_text(found))
     return OK
 

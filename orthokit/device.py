@@ -13,6 +13,7 @@ import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,10 +121,9 @@ def _device_key(device: torch.device) -> str:
 def _cached_rates(key: str, device: torch.device) -> dict[str, float]:
     path = cache_dir() / "matmul.json"
     try:
-        stored = json.loads(path.read_text())
-        return {name: float(rate) for name, rate in stored[key].items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        stored = None  # nothing usable: measure
+        return {name: float(rate) for name, rate in _known(path)[key].items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass  # nothing usable: measure
     n = 2048 if device.type == "cuda" else 512
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     rates = {name: _rate(device, dtype, n, 0.05) for name, dtype in dtypes.items()}
@@ -131,11 +131,16 @@ def _cached_rates(key: str, device: torch.device) -> dict[str, float]:
     return rates
 
 
-def _store(path: Path, key: str, rates: dict[str, float]) -> None:
+def _known(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
-        known = {}
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _store(path: Path, key: str, rates: dict[str, float]) -> None:
+    known = _known(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as beside:

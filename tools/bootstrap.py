@@ -49,8 +49,10 @@ def check_python(version, executable):
 
 def starts(name):
     """Whether ``name`` is a Python on PATH that runs."""
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return bool(shutil.which(name)) and subprocess.call([name, "-c", ""], **quiet) == 0
+    if not shutil.which(name):
+        return False
+    nowhere = subprocess.DEVNULL
+    return subprocess.call([name, "-c", ""], stdin=nowhere, stdout=nowhere, stderr=nowhere) == 0
 
 
 def check_venv_module(version):

@@ -1,6 +1,6 @@
 """Train the TinyGPT that the package carries, and store its weights with the record of how they were made.
 
-    OMP_NUM_THREADS=1 python tools/pretrain.py --steps 12000
+    OMP_NUM_THREADS=1 python tools/pretrain.py --steps 6000
 
 Resumes after an interruption. Writes ``orthokit/assets/tinygpt_addresses/``: ``model.safetensors``, ``record.json``
 (configuration, command, figures) and ``curve.csv`` (training loss every 20 steps, validation every 500).
@@ -55,7 +55,7 @@ def export(model: TinyGPT, run: Run, steps: int, size: str) -> None:
         "name": "tinygpt-addresses",
         "licence": "Apache-2.0",
         "model": {"size": size, **vars(model.config), "parameters": sum(p.numel() for p in model.parameters())},
-        "run": run.config,
+        "run": {**run.config, "steps": steps},
         "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python tools/pretrain.py --steps {steps} --size {size}",
         "validation_bits_per_byte": float(bits[-1]),
         "bytes_seen": steps * int(run.config["batch"]) * int(run.config["context"]),
@@ -73,7 +73,7 @@ def export(model: TinyGPT, run: Run, steps: int, size: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--size", default="1M")
     parser.add_argument("--root", type=Path, default=Path("runs"))
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ from orthokit.diagnostics.momentum import (
     spectral_gap,
     white_noise_suppression,
 )
+from orthokit.diagnostics.monitor import Monitor
 from orthokit.diagnostics.randommatrix import (
     buffer_noise,
     noise_edge,
@@ -28,6 +29,7 @@ from orthokit.diagnostics.synthetic import SignalPlusPerturbation, published_sig
 
 __all__ = [
     "GapBounds",
+    "Monitor",
     "SignalPlusPerturbation",
     "alignment",
     "beta_for_window",

@@ -15,31 +15,31 @@ _UPKEEP_PART = 0.5
 class Budget:
     r"""Keeps ``spent <= share * elapsed + one cost`` at every moment, whatever the steps and the looks take.
 
-    A look is allowed when ``spent + predicted <= share * elapsed``, so a look that takes longer than predicted
-    overdraws once, and the next one waits until that is paid back. The first look is allowed at once. All times are
-    given in by the caller; nothing here reads a clock.
+    A look is allowed when ``spent + predicted <= share * (elapsed + predicted)``, so a look that takes longer than
+    predicted overdraws once, and the next one waits until that is paid back. The first look is allowed at once. All
+    times are given in by the caller; nothing here reads a clock.
 
     Args:
         share: Largest share of the elapsed time, ``0 < share <= 1``.
         every: Fewest steps between two looks, ``>= 1``.
     """
 
-    def __init__(self, *, share: float, every: int) -> None:
+    def __init__(self, *, share: float | int, every: int) -> None:
         self.share, self.every, self.period = share, every, every
         self.spent = self.upkeep = 0.0
-        self.start: float | None = None
-        self.last = 0.0
+        self.start: float | int | None = None
+        self.last: float | int = 0.0
         self.calls = 0
-        self.look_cost: float | None = None
+        self.look_cost: float | int | None = None
         self.upkeep_cost = 0.0
         self.looked_at: int | None = None
 
     @property
-    def elapsed(self) -> float:
+    def elapsed(self) -> float | int:
         """Seconds from the first arrival to the end of the last one."""
         return self.last - (self.last if self.start is None else self.start)
 
-    def arrive(self, now: float) -> None:
+    def arrive(self, now: float | int) -> None:
         """A step is over."""
         self.start = now if self.start is None else self.start
         self.last = now
@@ -51,14 +51,18 @@ class Budget:
 
     def affords_look(self) -> bool:
         """Whether the predicted cost of a look fits into what the share leaves."""
-        return self.look_cost is None or self.spent + self.look_cost <= self.share * self.elapsed
+        return self.look_cost is None or self._fits(self.look_cost)
 
     def affords_upkeep(self) -> bool:
         """Whether the predicted cost of one update of the running mean fits, in all and in its own part."""
-        allowed = self.share * self.elapsed
-        return self.spent + self.upkeep_cost <= allowed and self.upkeep + self.upkeep_cost <= _UPKEEP_PART * allowed
+        own = self.upkeep + self.upkeep_cost <= _UPKEEP_PART * self.share * (self.elapsed + self.upkeep_cost)
+        return self._fits(self.upkeep_cost) and (own or self.share >= 1)
 
-    def pay_look(self, step: int, cost: float, *, upkeep: float, now: float) -> None:
+    def _fits(self, cost: float | int) -> bool:
+        # What is spent also passes: it adds to both sides. A share of 1 is no limit, also where sums are rounded.
+        return self.share >= 1 or self.spent + cost <= self.share * (self.elapsed + cost)
+
+    def pay_look(self, step: int, cost: float | int, *, upkeep: float | int, now: float | int) -> None:
         """Book a look that took ``cost`` seconds, ``upkeep`` of them for the running mean."""
         self.spent += cost
         self.look_cost = cost if self.look_cost is None else self.look_cost + _NEWEST * (cost - self.look_cost)
@@ -66,14 +70,14 @@ class Budget:
         self.looked_at = step
         self.last = now
 
-    def pay_upkeep(self, cost: float, *, now: float) -> None:
+    def pay_upkeep(self, cost: float | int, *, now: float | int) -> None:
         """Book one update of the running mean between looks."""
         self.spent += cost
         self.upkeep += cost
         self.upkeep_cost += _NEWEST * (cost - self.upkeep_cost)
         self.last = now
 
-    def pay_skip(self, cost: float, *, now: float) -> None:
+    def pay_skip(self, cost: float | int, *, now: float | int) -> None:
         """Book the deciding itself."""
         self.spent += cost
         self.last = now

@@ -170,7 +170,7 @@ class Monitor:
         return None
 
     @property
-    def share(self) -> float:
+    def share(self) -> float | int:
         """Time spent here over time elapsed, from the first :meth:`observe` to the end of the last; 0 before."""
         return self._budget.spent / self._budget.elapsed if self._budget.elapsed > 0 else 0.0
 

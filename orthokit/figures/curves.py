@@ -22,6 +22,8 @@ def loss_curves(
     *,
     ylabel: str = "validation loss (bits per byte)",
     title: str = "Which pipeline reaches the lowest loss?",
+    xlabel: str = "step",
+    log_x: bool = False,
     level: Number = 0.95,
 ) -> dict[str, Any]:
     """Loss against step, one line per label; several seeds give the mean and its confidence band.
@@ -31,6 +33,10 @@ def loss_curves(
             diverged) breaks the line.
         ylabel: Name and unit of the vertical axis.
         title: The question the chart answers.
+        xlabel: Name and unit of the horizontal axis, when it is not the step.
+        log_x: Logarithmic horizontal axis, for values above 0.
+        xlabel: Name of the horizontal axis, when it is not the step.
+        log_x: Logarithmic horizontal axis, for rates.
         level: Confidence level of the band, in (0, 1). Default 0.95.
 
     Returns:
@@ -49,24 +55,29 @@ def loss_curves(
         steps, values = _pair(label, pair)
         runs = np.atleast_2d(values)
         mean = runs.mean(axis=0)
-        last[label] = (float(mean[-1]), 0.0)
+        # Against steps the end counts; against anything else (a learning rate) the lowest point.
+        at = -1 if xlabel == "step" or not np.isfinite(mean).any() else int(np.nanargmin(mean))
+        where = "" if at == -1 else f" at {number(steps[at])}"
+        last[label] = (float(mean[at]), 0.0, where)
         if len(runs) > 1:
             seeds = max(seeds, len(runs))
             half = t_quantile(len(runs) - 1, level=float(level)) * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
-            last[label] = (float(mean[-1]), float(half[-1]))
+            last[label] = (float(mean[at]), float(half[at]), where)
             data.append(band(label, steps, mean - half, mean + half, index))
         data.append(line(label, *_thin(steps, mean), index))
     finite = {label: pair for label, pair in last.items() if np.isfinite(pair[0])}
     if finite:
         order = sorted(finite, key=lambda label: finite[label][0])
-        ends = [f"{label}: {number(finite[label][0])}{_half(finite[label][1])}" for label in order]
-        caption = f"Lowest at the end: {', then '.join(ends)}"
+        ends = [f"{label}: {number(finite[label][0])}{_half(finite[label][1])}{finite[label][2]}" for label in order]
+        lead = "Lowest at the end" if xlabel == "step" else f"Lowest, by {xlabel}"
+        caption = f"{lead}: {', then '.join(ends)}"
     else:
         caption = "No run ended with a finite loss"
     broken = [label for label in last if label not in finite]
     caption += f"; diverged: {listing(broken)}" if broken and finite else ""
     caption += f". Bands: {level:.0%} interval of the mean, up to {seeds} seeds." if seeds else "."
-    return build("loss_curves", data, title=title, caption=caption, xaxis=axis("step"), yaxis=axis(ylabel))
+    across = log_axis(xlabel, *(steps for steps, _ in curves.values())) if log_x else axis(xlabel)
+    return build("loss_curves", data, title=title, caption=caption, xaxis=across, yaxis=axis(ylabel))
 
 
 def scalar_history(

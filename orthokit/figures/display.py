@@ -92,7 +92,7 @@ def show(fig: dict[str, Any], *, renderer: str | None = None) -> Shown:
     return Shown(fig, renderer=renderer)
 
 
-def png(fig: dict[str, Any], *, width: int = 900, height: int | None = None, scale: float = 1.5) -> bytes:
+def png(fig: dict[str, Any], *, width: int = 900, height: int | None = None, scale: float | int = 1.5) -> bytes:
     """The chart as a PNG picture.
 
     Args:

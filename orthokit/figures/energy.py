@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from orthokit.errors import OptionError, ShapeError
-from orthokit.figures._check import matrix, named, vector
-from orthokit.figures.template import GUIDE, Number, axis, build, fade, guide, line, log_axis, number, style
+from orthokit.figures._check import array, matrix, named, vector
+from orthokit.figures.intervals import mean_interval
+from orthokit.figures.template import GUIDE, Number, axis, band, build, fade, guide, line, log_axis, number, style
 
 __all__ = ["energy_by_dimension", "energy_by_matrix", "energy_change", "energy_pairs", "sphere"]
 
@@ -82,7 +83,7 @@ def energy_by_dimension(
 
     Args:
         dims: Dimensions, ``(n,)``, increasing.
-        measured: Label to mean energy, ``(n,)``.
+        measured: Label to mean energy, ``(n,)``; or ``(n, draws)``, which gives the mean and its 95 % band.
         expected: The closed form for uniform neurons, ``(n,)``.
         s: The energy's exponent, for the axis.
 
@@ -98,7 +99,14 @@ def energy_by_dimension(
     data, said = [], []
     closed = None if expected is None else vector("expected", expected, length=len(dims))
     for index, (label, values) in enumerate(named("measured", measured).items()):
-        values = vector(f"energy of {label!r}", values, length=len(dims))
+        values = array(f"energy of {label!r}", values, dims=(1, 2))
+        if len(values) != len(dims):
+            raise ShapeError(f"{label!r} must have one row per dimension, {len(dims)}; got shape {values.shape}.")
+        if values.ndim == 2:
+            if values.shape[1] > 1:
+                low, high = np.array([mean_interval(row)[1:] for row in values]).T
+                data.append(band(label, dims, low, high, index))
+            values = values.mean(axis=1)
         data.append(line(label, dims, values, index))
         if closed is None:
             said.append(f"{label}: from {number(values[0])} to {number(values[-1])}")

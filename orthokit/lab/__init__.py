@@ -5,14 +5,18 @@ from orthokit.lab.fit import fit
 from orthokit.lab.glosses import glosses
 from orthokit.lab.images import images
 from orthokit.lab.models import SIZES, SmallCNN, TinyGPT, TinyGPTConfig
+from orthokit.lab.pretrained import PRETRAINED, load_pretrained, pretrained_weights
+from orthokit.lab.probes import GradientRecorder, stationary_gradients
 from orthokit.lab.runs import Run, runs
 from orthokit.lab.schedules import SCHEDULES, lr_factor
 from orthokit.lab.tasks import Task, image_classification, language_modelling, task, tasks
 
 __all__ = [
+    "PRETRAINED",
     "SCHEDULES",
     "SIZES",
     "Corpus",
+    "GradientRecorder",
     "Run",
     "SmallCNN",
     "Task",
@@ -25,8 +29,11 @@ __all__ = [
     "image_classification",
     "images",
     "language_modelling",
+    "load_pretrained",
     "lr_factor",
+    "pretrained_weights",
     "runs",
+    "stationary_gradients",
     "task",
     "tasks",
 ]

@@ -88,10 +88,10 @@ class Run(RunReader):
         True
 
     Numerics:
-        Scalars are float64, NaN and infinities included; spectra float32; checkpoint tensors keep every bit and carry
-        a hash. A recorded row survives the kill of the process at once (it is with the operating system), and a power
-        cut up to the last few moments (SQLite write-ahead log, ``synchronous=NORMAL``). Checkpoints are on the disk
-        when :meth:`save_checkpoint` returns.
+        Scalars are float64, NaN and infinities included (-0.0 becomes 0.0); spectra float32; checkpoint tensors keep
+        every bit and carry a hash. A recorded row survives the kill of the process at once (it is with the operating
+        system), and a power cut up to the last few moments (SQLite write-ahead log, ``synchronous=NORMAL``).
+        Checkpoints are on the disk when :meth:`save_checkpoint` returns.
     """
 
     # --- making and opening
@@ -107,7 +107,11 @@ class Run(RunReader):
         try:
             super().__init__(path)  # before the first write: nothing is made in a damaged folder
             self._db = _store.connect_writer(self._database)
+            for rest in (*path.glob("*.tmp"), *path.glob("checkpoints/*.tmp")):  # of a writer that was killed
+                rest.unlink(missing_ok=True)
         except BaseException:
+            if self._db is not None:
+                self._db.close()
             lock.release()
             raise
         self._finalizer = weakref.finalize(self, _release, self._db, lock, self._owner)
@@ -313,12 +317,9 @@ class Run(RunReader):
             values = values.detach().to("cpu", torch.float32).numpy()
         array = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype="<f4")
         if array.ndim != 1:
-            raise ShapeError(
-                f"a spectrum must be one-dimensional; {name!r} has shape {array.shape}. Log its rows apart."
-            )
-        row = (_step(step), name, json.dumps(list(array.shape)), array.tobytes())
+            raise ShapeError(f"a spectrum must be one-dimensional; {name!r} has shape {array.shape}. Log rows apart.")
         with self._writing() as db:
-            db.execute("INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?)", row)
+            db.execute("INSERT OR REPLACE INTO spectra VALUES (?, ?, ?)", (_step(step), name, array.tobytes()))
 
     def note(self, text: str) -> None:
         """Record a sentence about the run, with the time."""

@@ -1,7 +1,7 @@
 """Tensors in, tensors out; batch dimensions lead. Matrices are ``(..., out, in)``."""
 
 from orthokit.linalg.coefficients import COEFFICIENTS, coefficient_table
-from orthokit.linalg.polar import METHODS, orthogonalize, polar, procrustes
+from orthokit.linalg.polar import METHODS, orthogonalize, polar, procrustes, singular_value_map
 from orthokit.linalg.randoms import random_orthogonal
 from orthokit.linalg.spectra import singular_values, top_singular_value
 
@@ -13,6 +13,7 @@ __all__ = [
     "polar",
     "procrustes",
     "random_orthogonal",
+    "singular_value_map",
     "singular_values",
     "top_singular_value",
 ]

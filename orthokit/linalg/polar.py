@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
 from orthokit.linalg._check import check_finite, check_matrix, working_dtype
 from orthokit.linalg.coefficients import Triple, coefficient_table
 
-__all__ = ["METHODS", "orthogonalize", "polar", "procrustes"]
+__all__ = ["METHODS", "orthogonalize", "polar", "procrustes", "singular_value_map"]
 
 METHODS = ("polar_express", "newton_schulz", "svd")
 
@@ -135,6 +135,51 @@ def orthogonalize(
         return X.clone()
     work = X.to(X.dtype if dtype is None else dtype)
     return iterate(work, table, polish=polish, headroom=_HEADROOM[method], eps=eps).to(X.dtype)
+
+
+def singular_value_map(
+    s: Float[Tensor, "*shape"],
+    *,
+    method: str = "polar_express",
+    steps: int = 5,
+    polish: int = 0,
+    coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
+) -> Float[Tensor, "*shape"]:
+    r"""Where :func:`orthogonalize` sends a singular value: the scalar polynomial that all of them go through.
+
+    Args:
+        s: Singular values relative to the Frobenius norm of their matrix, in [0, 1].
+        method: ``"polar_express"`` (default), ``"newton_schulz"`` or ``"svd"``.
+        steps: Quintic steps, ``>= 0``; default 5.
+        polish: Cubic steps after them, ``>= 0``; default 0.
+        coefficients: As in :func:`orthogonalize`.
+
+    Returns:
+        Shape and dtype of ``s``.
+
+    Raises:
+        UnknownNameError: Unknown method or table.
+        OptionError: ``steps`` or ``polish`` is negative.
+
+    Example:
+        >>> s = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
+        >>> bool(((singular_value_map(s, polish=3) - 1).abs() < 1e-6).all())
+        True
+
+    References:
+        As :func:`orthogonalize`.
+    """
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if polish < 0:
+        raise OptionError(f"polish must be at least 0; got {polish}.")
+    if method == "svd":
+        return (s > 0).to(s.dtype)
+    s = s / _HEADROOM[method]
+    table = coefficient_table(_DEFAULT_TABLE[method] if coefficients is None else coefficients, steps)
+    for a, b, c in [*table, *[(1.5, -0.5, 0.0)] * polish]:
+        s = s * (a + b * s**2 + c * s**4)
+    return s
 
 
 def iterate(X: Tensor, table: list[Triple], *, polish: int, headroom: float, eps: float) -> Tensor:

@@ -3,6 +3,7 @@
 from orthokit.figures.intervals import mean_interval
 from orthokit.reports.claims import Claim, Ledger, decide, read_metrics, record_metrics
 from orthokit.reports.notebook import SIZES, Setup, setup
+from orthokit.reports.reading import Claims, Reading, reading
 from orthokit.reports.runner import Report, report
 from orthokit.reports.sources import find_notebooks, read_source
 from orthokit.reports.status import STATES, Folder, Status
@@ -11,8 +12,10 @@ __all__ = [
     "SIZES",
     "STATES",
     "Claim",
+    "Claims",
     "Folder",
     "Ledger",
+    "Reading",
     "Report",
     "Setup",
     "Status",
@@ -21,6 +24,7 @@ __all__ = [
     "mean_interval",
     "read_metrics",
     "read_source",
+    "reading",
     "record_metrics",
     "report",
     "setup",

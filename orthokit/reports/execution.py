@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import shutil
@@ -90,7 +91,7 @@ class Worker:
             outcome.state, outcome.reason = "interrupted", "stopped before it was finished"
         return outcome
 
-    def stop(self, *, grace: float = 4.0) -> None:
+    def stop(self, *, grace: float | int = 4.0) -> None:
         """Ends the kernel: first an interrupt, so that a training run saves itself, then by force."""
         self.stopped.set()
         process = self._process
@@ -149,6 +150,8 @@ class Worker:
             reason = f"{type(error).__name__}: {str(error)[:300]}" if begun else _NO_KERNEL
         finally:
             self._process = None
+            # A client whose kernel never came up leaves its clean-up registered, and it would fail at exit.
+            atexit.unregister(client._cleanup_kernel)
             shutil.rmtree(connection, ignore_errors=True)
         if state == "failed" and not begun:
             reason = _NO_KERNEL

@@ -1,4 +1,4 @@
-"""The ledger: every claim of a report or of the recorded studies, with its verdict."""
+"""The ledger: every claim of a report with its verdict."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthokit.errors import ReportError
 from orthokit.reports.claims import Claim, measured, read_metrics, said
 from orthokit.reports.notebook import version
-from orthokit.reports.sources import PACKAGE
-from orthokit.reports.status import Folder, Status
+from orthokit.reports.status import Folder, Status, latest
 
-__all__ = ["Entry", "as_json", "as_text", "counts", "entries", "evidence_folder", "recorded"]
+__all__ = ["Entry", "as_json", "as_text", "counts", "entries", "error_bar", "load"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A claim and the notebook or study it comes from."""
+    """A claim and the notebook it comes from."""
 
     origin: str
     claim: Claim
@@ -40,28 +38,6 @@ def entries(folder: Folder, statuses: Sequence[Status]) -> list[Entry]:
             claims, _ = read_metrics(folder.metrics(status.name))
             found += [Entry(status.name, claim) for claim in claims]
     return found
-
-
-def evidence_folder() -> Path:
-    """Where recorded studies are kept: the checkout's ``evidence/``, else the copies inside the package."""
-    checkout = PACKAGE.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / "evidence").is_dir():
-        return checkout / "evidence"
-    return PACKAGE / "_evidence"
-
-
-def recorded(folder: Path | None = None) -> list[Entry]:
-    """The claims that recorded studies left as ``metrics.json`` under the evidence folder.
-
-    Raises:
-        ReportError: A file is damaged; it is named.
-    """
-    folder = folder or evidence_folder()
-    return [
-        Entry(path.parent.name, claim)
-        for path in sorted(folder.rglob("metrics.json"))
-        for claim in read_metrics(path)[0]
-    ]
 
 
 def counts(found: Sequence[Entry]) -> str:
@@ -106,7 +82,7 @@ def error_bar(claim: Claim, *, width: int = 150, height: int = 26) -> str:
     least, most = min(low, *values), max(high, *values)
     span = (most - least) or max(abs(most), 1.0) * 0.1
 
-    def place(value: float) -> float:
+    def place(value: float | int) -> float:
         return round(10 + (value - least) / span * (width - 20), 1)
 
     middle = height / 2
@@ -125,22 +101,14 @@ def error_bar(claim: Claim, *, width: int = 150, height: int = 26) -> str:
     return f'<svg class="interval" role="img" aria-label="{label}" {box}>{"".join(drawn)}</svg>'
 
 
-def load(path: Path | None, root: Path) -> tuple[str, list[Entry]]:
-    """The ledger of a report (named, or the newest under ``root``), with the recorded studies when there is none.
+def load(path: Path | None, root: Path) -> tuple[Path, list[Entry]]:
+    """The ledger of a report: the named one, or the newest under ``root``.
 
     Returns:
-        Where it comes from, and the claims.
+        The report's folder, and the claims.
 
     Raises:
-        ReportError: A folder was named that is no report.
+        ReportError: There is no report, or the named folder is none.
     """
-    from orthokit.reports.status import latest
-
-    if path is not None:
-        folder = Folder(path)
-    else:
-        try:
-            folder = latest(root)
-        except ReportError:
-            return "recorded studies", recorded()
-    return str(folder.path), entries(folder, folder.statuses())
+    folder = Folder(path) if path is not None else latest(root)
+    return folder.path, entries(folder, folder.statuses())

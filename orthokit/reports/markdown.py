@@ -28,6 +28,7 @@ _REWRITES = (
     (re.compile(r"\\operatorname\*?\{([^}]*)\}"), r"\\mathrm{\1}\\,"),
     (re.compile(r"\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-z])"), ""),
 )
+_ENVIRONMENTS = {"align*", "array", "cases", "smallmatrix"} | {f"{kind}matrix" for kind in ("", *"pbBvV")}
 
 
 def to_html(text: str) -> str:
@@ -76,14 +77,15 @@ def math_html(tex: str, *, block: bool = False) -> str:
     rewritten = source
     for pattern, replacement in _REWRITES:
         rewritten = pattern.sub(replacement, rewritten)
+    known = all(name in _ENVIRONMENTS for name in re.findall(r"\\begin\{([^}]*)\}", rewritten))
     try:
         from latex2mathml.converter import convert
 
         mathml = convert(rewritten, display="block" if block else "inline")
     except Exception:  # the converter raises many kinds, all meaning: not this formula
         mathml = ""
-    # It lets unknown macros and stray ampersands through as text: both mean that it did not understand.
-    if not mathml or re.search(r"<m[iot][^>]*>\\|<mi>&</mi>", mathml):
+    # It lets unknown macros and stray ampersands through as text, and drops the names of unknown environments.
+    if not known or not mathml or re.search(r"<m[iot][^>]*>\\|<mi>&</mi>", mathml):
         shown = f'<code class="tex">{html.escape(source, quote=False)}</code>'
         return f'<p class="formula">{shown}</p>' if block else shown
     label = html.escape(" ".join(source.split()))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from orthokit import device as devices
 from orthokit.errors import OptionError, unknown_name
 
-__all__ = ["SIZES", "Setup", "setup"]
+__all__ = ["SIZES", "Setup", "duration", "setup", "version"]
 
 SIZES = ("smoke", "laptop", "gpu")
 
@@ -72,7 +73,7 @@ class Setup:
     seed: int
     size: str
 
-    def pick(self, *, smoke: object, laptop: object, gpu: object) -> object:
+    def pick(self, *, smoke: Any, laptop: Any, gpu: Any) -> Any:
         """The value for the size in force: ``steps = here.pick(smoke=20, laptop=400, gpu=4000)``."""
         return {"smoke": smoke, "laptop": laptop, "gpu": gpu}[self.size]
 

@@ -51,6 +51,7 @@ def render(notebook: Any, status: Status) -> str:
         .render(
             title=status.title or status.name,
             titled=heading is not None,
+            stopped=any(cell["state"] in _ENDED for cell in status.cells),
             status=status,
             took=duration(status.seconds) if status.seconds is not None else "",
             body="\n".join(body),

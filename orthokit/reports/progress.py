@@ -6,9 +6,11 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 __all__ = ["Console", "last_step"]
+
+PLAIN_SECONDS = 5.0
 
 
 def last_step(path: Path, *, tail: int = 4096) -> str:
@@ -45,10 +47,10 @@ def last_step(path: Path, *, tail: int = 4096) -> str:
 class Console:
     """Writes progress to a terminal as one line that changes, elsewhere as plain lines now and then."""
 
-    def __init__(self, stream: TextIO, *, every: float = 5.0) -> None:
-        """``every``: seconds between progress lines when the stream is no terminal."""
+    def __init__(self, stream: Any, *, every: float | int | None = None) -> None:
+        """``every``: seconds between progress lines when the stream is no terminal; default five."""
         self.stream = stream
-        self.every = every
+        self.every = PLAIN_SECONDS if every is None else every
         self.live = stream.isatty()
         self._guard = threading.Lock()
         self._shown = ""

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from orthokit.errors import MissingExtraError, OptionError, ReportError, unknown_name
 from orthokit.reports import index, ledger, page
@@ -57,7 +57,7 @@ def report(
     out: str | os.PathLike[str] | None = None,
     timeout: float | int | None = None,
     notebooks: str | os.PathLike[str] | None = None,
-    stream: TextIO | None = None,
+    stream: Any = None,
 ) -> Report:
     """Executes notebooks and writes a report: executed notebooks, an offline HTML page each, an index and a ledger.
 
@@ -73,7 +73,7 @@ def report(
         out: The report's folder; default ``reports/<date>``.
         timeout: Seconds each cell may take; None for no limit.
         notebooks: Folder of notebook sources; default the project's.
-        stream: Where progress is written; default the standard error stream.
+        stream: An open text stream for progress; default the standard error stream.
 
     Returns:
         Where the report is and how each notebook ended.
@@ -145,7 +145,7 @@ class _Run:
     """One call of :func:`report`, from the first kernel to the last page."""
 
     def __init__(
-        self, folder: Folder, plan: list[tuple[Source, Status]], *, jobs: int, timeout: Any, stream: TextIO
+        self, folder: Folder, plan: list[tuple[Source, Status]], *, jobs: int, timeout: Any, stream: Any
     ) -> None:
         self.folder = folder
         self.plan = plan

@@ -6,9 +6,21 @@ from pathlib import Path
 
 from orthokit.errors import unknown_name
 from orthokit.studies._engine import Study, evidence_root, load_evidence, run_study
-from orthokit.studies.pipelines import ORDERS, PIPELINES, best_lr, final_values, race, train_pipeline
-from orthokit.studies.probe import Probe, measure_probe
-from orthokit.studies.synthetic import BETAS, PUBLISHED_RANK_3, SYNTHETIC_GAP, measure_gap
+from orthokit.studies.energy import energies, energy_changes, spread_on_sphere
+from orthokit.studies.pipelines import (
+    ORDERS,
+    PIPELINES,
+    at_rates,
+    best_lr,
+    compare_optimizers,
+    curves,
+    final_values,
+    race,
+    rate_curves,
+    train_pipeline,
+)
+from orthokit.studies.probe import Probe, alignments, measure_probe, pipeline_lead, probe_along_training
+from orthokit.studies.synthetic import BETAS, PUBLISHED_RANK_3, SYNTHETIC_GAP, compare_with_published, measure_gap
 
 __all__ = [
     "BETAS",
@@ -17,15 +29,26 @@ __all__ = [
     "STUDIES",
     "Probe",
     "Study",
+    "alignments",
+    "at_rates",
     "best_lr",
+    "compare_optimizers",
+    "compare_with_published",
+    "curves",
+    "energies",
+    "energy_changes",
     "evidence_root",
     "final_values",
     "load_evidence",
     "measure_gap",
     "measure_probe",
     "names",
+    "pipeline_lead",
+    "probe_along_training",
     "race",
+    "rate_curves",
     "run",
+    "spread_on_sphere",
     "train_pipeline",
 ]
 

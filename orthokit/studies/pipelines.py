@@ -3,85 +3,141 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from orthokit.lab.fit import fit
 from orthokit.lab.models import TinyGPT
 from orthokit.lab.tasks import language_modelling
+from orthokit.optim.muon import ORDERS
 from orthokit.optim.routing import for_model
 from orthokit.studies._engine import Study
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ORDERS", "PIPELINES", "best_lr", "final_values", "race", "train_pipeline"]
+__all__ = [
+    "ORDERS",
+    "PIPELINES",
+    "at_rates",
+    "best_lr",
+    "compare_optimizers",
+    "curves",
+    "final_values",
+    "race",
+    "rate_curves",
+    "train_pipeline",
+    "train_tinygpt",
+]
 
-ORDERS = ("pre", "post", "none")
 _METRIC = "validation_bits_per_byte"
 
 
-def train_pipeline(
-    order: str,
+def train_tinygpt(
+    key: Mapping[str, Any],
+    make_optimizer: Callable[[TinyGPT], torch.optim.Optimizer],
     *,
-    lr: float,
     seed: int,
     steps: int,
     size: str = "0.2M",
     batch: int = 8,
     context: int = 128,
-    momentum: float = 0.95,
     windows: int = 128,
     evaluations: int = 6,
     root: str | Path | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """One run of one pipeline: TinyGPT on the addresses, Nesterov off, as the theory has it.
-
-    Only the order differs between pipelines: the same initial weights, data, schedule (warm-up, stable, decay) and
-    AdamW for embedding, head and norms.
+    """One recorded run of TinyGPT on the addresses, warm-up, stable, decay.
 
     Args:
-        order: ``"pre"``, ``"post"`` or ``"none"``.
-        lr: Learning rate of the matrices; the rest has 6e-3 throughout.
-        seed: Of the initial weights and of the data.
+        key: What names the run among its rivals; becomes columns of the rows and part of the run's name.
+        make_optimizer: Makes the optimizer of the fresh model.
+        seed: Of the initial weights and of the data, so that rivals see the same of both.
         steps: Length of the run.
         size: Size of the model; default ``"0.2M"``.
         batch: Windows a step; default 8.
         context: Bytes of a window; default 128.
-        momentum: Default 0.95.
         windows: Validation windows; default 128.
         evaluations: Evaluations after the start; default 6.
         root: Folder of runs; default a temporary one that is removed.
         progress: Show a progress line.
 
     Returns:
-        Rows ``order, lr, seed, step, value``: validation bits per byte.
+        Rows ``*key, seed, step, value``: validation bits per byte.
     """
     model = TinyGPT(size, seed=seed)
-    optimizer = for_model(
-        model, "muon", lr=lr, fallback_lr=6e-3, weight_decay=0.0, momentum=momentum, nesterov=False, order=order
-    )
     task = language_modelling("addresses", context=context, batch=batch, seed=seed, validation_windows=windows)
     with tempfile.TemporaryDirectory() as scratch:
         run = fit(
             model,
             task,
-            optimizer,
+            make_optimizer(model),
             steps=steps,
             schedule="wsd",
             warmup=min(10, steps),
             clip=1.0,
             evaluate_every=max(1, steps // evaluations),
-            run=f"{order}-lr{lr:g}-seed{seed}",
+            run="-".join([*(f"{value}" for value in key.values()), f"seed{seed}"]),
             root=scratch if root is None else root,
-            config={"order": order, "momentum": momentum, "model_seed": seed},
+            config={**key, "model_seed": seed},
             progress=progress,
         )
         at, values = run.series(_METRIC)
-    key = {"order": order, "lr": lr, "seed": seed}
-    return [{**key, "step": int(step), "value": float(value)} for step, value in zip(at, values, strict=True)]
+    return [{**key, "seed": seed, "step": int(t), "value": float(v)} for t, v in zip(at, values, strict=True)]
+
+
+def train_pipeline(order: str, *, lr: float, momentum: float = 0.95, **options: Any) -> list[dict[str, Any]]:
+    """One run of one pipeline, Nesterov off, as the theory has it; only the order differs between pipelines.
+
+    Args:
+        order: ``"pre"``, ``"post"`` or ``"none"``.
+        lr: Learning rate of the matrices; embedding, head and norms have AdamW at 6e-3 throughout.
+        momentum: Default 0.95.
+        **options: ``seed``, ``steps`` and other options of :func:`train_tinygpt`.
+
+    Returns:
+        Rows ``order, lr, seed, step, value``.
+    """
+
+    def make(model: TinyGPT) -> torch.optim.Optimizer:
+        settings = {"momentum": momentum, "nesterov": False, "order": order, "weight_decay": 0.0}
+        return for_model(model, "muon", lr=lr, fallback_lr=6e-3, **settings)
+
+    return train_tinygpt({"order": order, "lr": lr}, make, **options)
+
+
+def compare_optimizers(
+    *, muon_lr: float, adamw_lrs: Sequence[float], seeds: Sequence[int], **options: Any
+) -> pd.DataFrame:
+    """Muon at one learning rate against AdamW at several, on the same seeds.
+
+    Args:
+        muon_lr: Learning rate of Muon, and of the AdamW that has what is no matrix.
+        adamw_lrs: Learning rates of AdamW alone.
+        seeds: The seeds, shared.
+        **options: ``steps`` and other options of :func:`train_tinygpt`.
+
+    Returns:
+        Columns ``optimizer, seed, step, value``; ``optimizer`` reads ``"Muon 0.01"``.
+    """
+    import pandas as pd
+
+    def adamw(lr: float) -> Callable[[TinyGPT], torch.optim.Optimizer]:
+        return lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    makers: dict[str, Callable[[TinyGPT], torch.optim.Optimizer]] = {
+        f"Muon {muon_lr:g}": lambda model: for_model(model, "muon", lr=muon_lr, weight_decay=0.0),
+        **{f"AdamW {lr:g}": adamw(lr) for lr in adamw_lrs},
+    }
+    return pd.DataFrame(
+        row
+        for label, make in makers.items()
+        for seed in seeds
+        for row in train_tinygpt({"optimizer": label}, make, seed=seed, **options)
+    )
 
 
 def race(
@@ -114,19 +170,47 @@ def race(
     )
 
 
-def final_values(table: pd.DataFrame) -> pd.DataFrame:
-    """The last value of every run, one row a seed, one column an (order, lr)."""
-    last = table[table["step"] == table["step"].max()]
-    return last.pivot(index="seed", columns=["order", "lr"], values="value")
+def at_rates(table: pd.DataFrame, lrs: Mapping[str, float]) -> pd.DataFrame:
+    """The rows of each order at its learning rate in ``lrs``."""
+    return table.loc[[lrs.get(order) == lr for order, lr in zip(table["order"], table["lr"], strict=True)]]
+
+
+def final_values(table: pd.DataFrame, *, by: str = "order") -> pd.DataFrame:
+    """The last value of every run, one row a seed, one column for each rival; ``by`` names the column of rivals."""
+    last = table.loc[table["step"] == table["step"].max()]
+    return last.pivot(index="seed", columns=by, values="value")
 
 
 def best_lr(table: pd.DataFrame) -> dict[str, float]:
     """For each order the learning rate with the lowest mean final value over the seeds."""
-    means = final_values(table).mean()
-    best: dict[str, tuple[float, float]] = {}
-    for (order, lr), value in means.items():  # type: ignore[misc]
-        best[order] = min(best.get(order, (float("inf"), 0.0)), (float(value), float(lr)))
-    return {order: lr for order, (_, lr) in best.items()}
+    last = table.loc[table["step"] == table["step"].max()]
+    means = last.pivot_table(index="lr", columns="order", values="value", aggfunc="mean")
+    return {order: float(means.index[int(means[order].argmin())]) for order in ORDERS if order in means}
+
+
+def curves(
+    table: pd.DataFrame, *, by: str = "order", across: str = "step"
+) -> dict[str, tuple[list[float], list[list[float]]]]:
+    """For each rival the values of ``across`` and one row of results a seed: what ``figures.loss_curves`` draws.
+
+    Args:
+        table: Columns ``seed``, ``value`` and the two below.
+        by: Column of the rivals.
+        across: Column of the horizontal axis.
+
+    Returns:
+        Label to ``(across, values)``, in order of appearance.
+    """
+    result = {}
+    for label in table[by].unique():
+        rows = table.loc[table[by] == label].pivot(index="seed", columns=across, values="value")
+        result[str(label)] = (list(rows.columns), rows.to_numpy().tolist())
+    return result
+
+
+def rate_curves(table: pd.DataFrame) -> dict[str, tuple[list[float], list[list[float]]]]:
+    """Final value against learning rate, one row a seed, for each order."""
+    return curves(table.loc[table["step"] == table["step"].max()], across="lr")
 
 
 def _units(size: str, seeds: int) -> list[dict[str, Any]]:
@@ -134,8 +218,8 @@ def _units(size: str, seeds: int) -> list[dict[str, Any]]:
         rates: Iterable[float] = (1e-2,)
         common: dict[str, Any] = {"steps": 4, "batch": 2, "context": 32, "windows": 4, "evaluations": 2}
     else:
-        rates = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-        common = {"steps": 300, "batch": 8, "context": 128, "windows": 128, "evaluations": 6}
+        rates = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+        common = {"steps": 250, "batch": 8, "context": 64, "windows": 256, "evaluations": 5}
     return [
         {"order": order, "lr": lr, "seed": seed, **common} for seed in range(seeds) for order in ORDERS for lr in rates
     ]

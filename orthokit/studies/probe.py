@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthokit.diagnostics.momentum import alignment, beta_for_window, momentum_buffers, noise_suppression, pipelines
 from orthokit.diagnostics.subspace import subspace_error
 from orthokit.errors import OptionError
+from orthokit.lab.fit import fit
+from orthokit.lab.probes import stationary_gradients
+from orthokit.lab.tasks import Task
 from orthokit.linalg import singular_values
+from orthokit.optim.muon import ORDERS
 
-__all__ = ["Probe", "measure_probe"]
+__all__ = ["Probe", "alignments", "measure_probe", "pipeline_lead", "probe_along_training"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Probe:
 def measure_probe(
     gradients: Float[Tensor, "count out in"],
     *,
-    betas: Sequence[float],
-    windows: Sequence[float],
+    betas: Sequence[float | int],
+    windows: Sequence[float | int],
     ranks: Sequence[int] = (1, 5, 10),
     signal_rank: int = 5,
     signal: Float[Tensor, "out in"] | None = None,
@@ -102,3 +108,92 @@ def measure_probe(
         truncated={name: alignment(X, cut).expand(len(betas)) for name, X in directions.items()},
         signal_rank=signal_rank,
     )
+
+
+def alignments(
+    directions: Sequence[Mapping[str, Tensor]], signal: Float[Tensor, "out in"], count: int
+) -> dict[str, Float[Tensor, "trials betas"]]:
+    """Alignment with a signal for each pipeline, trial and momentum.
+
+    Args:
+        directions: For each trial what ``diagnostics.pipelines`` gave.
+        signal: What counts as the truth.
+        count: Number of momenta; ``none``, which has a single value, is repeated.
+
+    Returns:
+        Pipeline to alignments, shape ``(trials, count)``.
+    """
+    trials = {order: [alignment(found[order], signal).expand(count) for found in directions] for order in ORDERS}
+    return {order: torch.stack(rows) for order, rows in trials.items()}
+
+
+def pipeline_lead(gradients: Float[Tensor, "count out in"], *, beta: float, signal: Float[Tensor, "out in"]) -> float:
+    """How much better ``pre`` aligns with a signal than the better of ``post`` and ``none``.
+
+    Args:
+        gradients: ``(K, out, in)``, ``K`` well above ``1 / (1 - beta)``.
+        beta: Momentum in [0, 1).
+        signal: What counts as the truth.
+
+    Returns:
+        The difference; positive when momentum is best placed before the polar factor.
+
+    Example:
+        >>> G = 1.0 + torch.randn(60, 6, 5, generator=torch.Generator().manual_seed(0))
+        >>> pipeline_lead(G, beta=0.9, signal=torch.ones(6, 5)) > 0
+        True
+    """
+    directions = pipelines(gradients.float(), beta)
+    aligned = {order: float(alignment(X, signal.float())) for order, X in directions.items()}
+    return aligned["pre"] - max(aligned["post"], aligned["none"])
+
+
+def probe_along_training(
+    model: nn.Module,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    *,
+    checkpoints: Sequence[int],
+    count: int,
+    beta: float = 0.95,
+    signal_rank: int = 5,
+    root: str | Path | None = None,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Stationary alignment of the three pipelines at several moments of a training run.
+
+    Args:
+        model: Trained in place at a constant learning rate.
+        task: Source of training and probing minibatches.
+        optimizer: Its optimizer.
+        name: The matrix to probe.
+        checkpoints: Increasing step numbers, from 0.
+        count: Minibatches of each probe, well above ``1 / (1 - beta)``.
+        beta: Momentum of the probe; default 0.95.
+        signal_rank: Where the signal is cut for the second result.
+        root: Folder of runs; default a temporary one.
+
+    Returns:
+        Alignment by pipeline at each checkpoint, with the whole mean gradient and with its leading part.
+
+    Raises:
+        OptionError: ``checkpoints`` do not increase.
+    """
+    at = list(checkpoints)
+    if at != sorted(set(at)) or not at or at[0] < 0:
+        raise OptionError(f"checkpoints must increase from 0 or more; got {at}.")
+    full: dict[str, list[float]] = {order: [] for order in ORDERS}
+    truncated: dict[str, list[float]] = {order: [] for order in full}
+    before = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for step in at:
+            if step > before:
+                run = f"along-{before}-{step}"
+                fit(model, task, optimizer, steps=step - before, run=run, root=root or scratch, progress=False)
+                before = step
+            gradients = stationary_gradients(model, task, [name], count=count)[name]
+            probe = measure_probe(gradients, betas=[beta], windows=[1], ranks=[1], signal_rank=signal_rank)
+            for order in full:
+                full[order].append(float(probe.full[order][0]))
+                truncated[order].append(float(probe.truncated[order][0]))
+    return full, truncated

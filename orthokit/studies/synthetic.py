@@ -13,7 +13,7 @@ from orthokit.studies._engine import Study
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BETAS", "PUBLISHED_RANK_3", "SYNTHETIC_GAP", "measure_gap"]
+__all__ = ["BETAS", "PUBLISHED_RANK_3", "SYNTHETIC_GAP", "compare_with_published", "measure_gap"]
 
 # 38 values from 0 to 0.995 as published; the published spacing is not given, this one is denser where curves bend.
 BETAS: tuple[float, ...] = tuple(
@@ -95,3 +95,25 @@ SYNTHETIC_GAP = Study(
     summarise=_summary,
     seeds=10,
 )
+
+
+def compare_with_published(table: pd.DataFrame) -> pd.DataFrame:
+    """The recorded singular values of rank 3 and sigma 1 beside the published ones.
+
+    Args:
+        table: The results of the study ``synthetic_gap``.
+
+    Returns:
+        A row for each published momentum and each of the first four singular values: ``beta``, ``k``, ``published``,
+        ``ours`` (mean over trials), ``deviation`` (relative).
+    """
+    import pandas as pd
+
+    chosen = table[(table["rank"] == 3) & np.isclose(table["sigma"], 1.0)].set_index("beta")
+    names = ("sigma_1_mean", "sigma_2_mean", "sigma_r_mean", "sigma_r_plus_1_mean")
+    rows = []
+    for beta, published in PUBLISHED_RANK_3.items():
+        for k, (name, value) in enumerate(zip(names, published, strict=True), start=1):
+            ours = float(chosen.loc[beta, name])  # type: ignore[arg-type]
+            rows.append({"beta": beta, "k": k, "published": value, "ours": ours, "deviation": abs(ours / value - 1)})
+    return pd.DataFrame(rows)

@@ -110,7 +110,8 @@ def test_rank_one_alignment_equals_the_table_and_the_measurement(shape, betas, a
     # 4 standard errors, and 3 % for the finite ratio of the sizes.
     expected = torch.tensor(approximation)
     assert ((mean - expected).abs() < 4 * error + 0.03 * expected).all(), mean
-    assert ((mean - torch.tensor(MEASURED[shape])).abs() < 6 * error).all(), mean
+    # The recorded measurement may be of a single trial.
+    assert ((mean - torch.tensor(MEASURED[shape])).abs() < 4 * a.std(0)).all(), mean
 
 
 def test_polar_only_is_marginal_below_the_threshold_where_momentum_is_not():

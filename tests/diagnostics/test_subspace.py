@@ -17,10 +17,10 @@ def gaussian(*shape, seed=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(2, 9), k=st.integers(1, 9), l=st.integers(1, 9), seed=st.integers(0, 10**6))
-def test_angles_equal_scipy_are_symmetric_and_rotation_invariant(n, k, l, seed):
+@given(n=st.integers(2, 9), k=st.integers(1, 9), j=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_angles_equal_scipy_are_symmetric_and_rotation_invariant(n, k, j, seed):
     linalg = pytest.importorskip("scipy.linalg")
-    U, V = gaussian(n, min(k, n), seed=seed), gaussian(n, min(l, n), seed=seed + 1)
+    U, V = gaussian(n, min(k, n), seed=seed), gaussian(n, min(j, n), seed=seed + 1)
     angles = principal_angles(U, V)
     expected = torch.from_numpy(linalg.subspace_angles(U.numpy(), V.numpy()).copy()).flip(0)
     torch.testing.assert_close(angles, expected, rtol=0, atol=1e-7)

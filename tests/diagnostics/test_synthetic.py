@@ -1,5 +1,6 @@
 """The synthetic generator, and the published numbers it reproduces."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from orthokit.diagnostics.subspace import subspace_error
 from orthokit.diagnostics.synthetic import SignalPlusPerturbation, published_sigmas, published_strengths
 from orthokit.errors import OptionError, ShapeError, UnknownNameError
 
-# Published singular values 1 to 4 at rank 3, sigma 1, means of 10 trials of 1000 steps (arXiv 2606.03899, project page).
+# Published singular values 1 to 4 at rank 3, sigma 1, 10 trials of 1000 steps (arXiv 2606.03899, project page).
 PUBLISHED = {
     0.0: (20.30, 19.43, 18.91, 18.38),
     0.5: (14.65, 12.05, 11.27, 10.84),
@@ -93,8 +94,8 @@ def test_arch_remembers_the_size_of_the_last_step_and_iid_does_not():
 
 
 def test_arch_follows_its_recursion():
-    source = SignalPlusPerturbation((3, 2), noise="arch", arch_alpha=0.6, seed=5)
-    unit = list(SignalPlusPerturbation((3, 2), seed=5).noise(4))
+    source = SignalPlusPerturbation((3, 2), strengths=[1.0], noise="arch", arch_alpha=0.6, seed=5)
+    unit = list(SignalPlusPerturbation((3, 2), strengths=[1.0], seed=5).noise(4))
     previous = torch.ones(3, 2)
     for z, xi in zip(unit, source.noise(4), strict=True):
         torch.testing.assert_close(xi, (0.4 + 0.6 * previous.square()).sqrt() * z)
@@ -146,7 +147,7 @@ def test_published_grids():
     assert {r: len(published_strengths(r)) for r in (1, 3, 5, 10, 15)} == {1: 1, 3: 3, 5: 5, 10: 10, 15: 15}
     sigmas = published_sigmas()
     assert (sigmas[0], sigmas[-1]) == (0.2, 5.0)
-    ratios = [b / a for a, b in zip(sigmas[:-1], sigmas[1:], strict=True)]
+    ratios = [b / a for a, b in itertools.pairwise(sigmas)]
     assert ratios == pytest.approx([25 ** (1 / 20)] * 20)
 
 

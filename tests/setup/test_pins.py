@@ -1,7 +1,9 @@
 """pyproject.toml is the single source of versions: every other file that names one agrees with it."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -114,6 +116,23 @@ def test_the_installed_version_lies_in_its_range(line):
         assert any(line in EXTRAS[extra] for extra in NOT_IN_TESTS), f"{line} is needed by the tests and not installed"
         return
     assert requirement.specifier.contains(version, prereleases=True), f"{requirement.name} {version} is installed"
+
+
+def test_everything_that_is_imported_is_declared():
+    """A package that only comes along with another one is gone the day that other one drops it."""
+    declared = {canonicalize_name(Requirement(line).name) for line in every_requirement()} | {"orthokit"}
+    owners = metadata.packages_distributions()
+    undeclared = set()
+    for path in [*(ROOT / "orthokit").rglob("*.py"), *(ROOT / "widgets").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for top in (
+                {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"orthokit", "orthokit_widgets"}
+            ):
+                if not declared & {canonicalize_name(owner) for owner in owners.get(top, [top])}:
+                    undeclared.add(f"{path.relative_to(ROOT)}: {top}")
+    assert not undeclared, sorted(undeclared)
 
 
 def test_the_dev_extra_contains_what_a_reader_installs():

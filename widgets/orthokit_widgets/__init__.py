@@ -1,1 +1,72 @@
+"""Live pages of orthokit: Panel objects that are served by ``orthokit dash`` and show inside JupyterLab.
 
+Example:
+    In a notebook::
+
+        import orthokit_widgets as widgets
+
+        widgets.notebook()
+        widgets.momentum_page(beta=0.95)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orthokit_widgets.momentum_view import MomentumPage
+    from orthokit_widgets.training_view import TrainingPage
+
+__all__ = ["momentum_page", "notebook", "training_page"]
+
+
+def notebook() -> None:
+    """Prepare a notebook for the pages: everything they need is put into it, nothing is fetched when it is shown."""
+    import panel as pn
+
+    pn.extension("plotly", inline=True)
+
+
+def momentum_page(**settings: Any) -> MomentumPage:
+    """The page "Momentum gap": sliders for momentum, noise, rank and size, and what they do to the spectrum.
+
+    Args:
+        **settings: Where to start: ``beta``, ``sigma``, ``rank``, ``size``, ``order``, ``noise``, ``seed``.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = momentum_page(beta=0.95, size=40)
+        >>> round(page.state.wait()["values"]["samples"])
+        39
+    """
+    from orthokit_widgets.momentum_view import MomentumPage
+
+    return MomentumPage(**settings)
+
+
+def training_page(**settings: Any) -> TrainingPage:
+    """The page "Live training": start, pause and stop a small training and watch its spectra.
+
+    Args:
+        **settings: Where to start: ``optimizer``, ``order``, ``momentum``, ``lr``, ``model``, ``data``, ``steps``,
+            ``seed``, ``budget``; and ``root``, the folder of runs.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = training_page(model="cnn", data="digits", steps=50)
+        >>> page.state.status
+        'ready'
+    """
+    from orthokit_widgets.training_view import TrainingPage
+
+    return TrainingPage(**settings)

@@ -1,7 +1,7 @@
 // The element stays and only its text changes: that is what screen readers announce.
 export function render({ model, el }) {
   const box = document.createElement("div");
-  box.className = `message ${model.role}`;
+  box.className = `note ${model.role}`;
   box.setAttribute("role", model.role);
   const show = () => { if (box.textContent !== model.text) box.textContent = model.text; };
   el.append(box);

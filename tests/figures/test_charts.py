@@ -1,0 +1,182 @@
+"""Every chart: plain JSON, valid Plotly, a question as title, a caption computed from the data, checked input."""
+
+import json
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from orthokit import figures as F
+from orthokit.errors import DtypeError, NonFiniteError, OptionError, ShapeError, UnknownNameError
+
+T = [1, 2, 5, 10, 100]
+BETAS = [0.0, 0.5, 0.9, 0.99]
+STEPS = np.arange(0, 50, 10)
+
+
+def charts():
+    """One call of each chart."""
+    rng = np.random.default_rng(0)
+    values = np.sort(rng.random((5, 8)), axis=1)[:, ::-1].copy()
+    return {
+        "loss_curves": F.loss_curves({"pre": (STEPS, rng.random((3, 5))), "none": (STEPS, rng.random(5))}),
+        "scalar_history": F.scalar_history({"a": (STEPS, rng.random(5))}, ylabel="gap", log=True),
+        "spectra": F.spectra({"G": values[0], "M": values[1]}, rank=3, edge=0.5, start=2),
+        "spectrum_ratio": F.spectrum_ratio({"G": values[0] + 1, "M": values[1]}, "G"),
+        "spectrum_bars": F.spectrum_bars(values[0], rank=2, edge=0.3, spikes=[1.0, np.nan], reference=[1.0, 0.5]),
+        "spectrum_heatmap": F.spectrum_heatmap(STEPS, values, name="wq", zmin=-3, zmax=1),
+        "coefficient_map": F.coefficient_map({"cubic": ([0.1, 1.0], [0.15, 1.0])}),
+        "noise_suppression": F.noise_suppression(T, {"wq": np.sqrt(T)}),
+        "subspace_error": F.subspace_error(T, {1: 1 / np.sqrt(T)}, {1: 1 / np.sqrt(T)}),
+        "alignment_by_beta": F.alignment_by_beta(BETAS, {"pre": BETAS}, bands={"pre": (BETAS, BETAS)}),
+        "alignment_by_checkpoint": F.alignment_by_checkpoint(STEPS, {"pre": rng.random(5)}, probe="trajectory"),
+        "gap_by_beta": F.gap_by_beta(BETAS, BETAS, {"pre": BETAS}, current=0.9, published=([0.0, 0.9], [0.5, 1.6])),
+        "gap_heatmap": F.gap_heatmap([0.5, 1], BETAS, rng.random((2, 4)), title="Where?", zero_centred=True),
+        "projection_arrows": F.projection_arrows({"S": (1.0, 0.0), "G": (-0.5, 1.0)}),
+        "sphere": F.sphere(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), before=np.eye(6, 3) + 1),
+        "energy_by_dimension": F.energy_by_dimension([4, 8], {"random": [0.8, 0.75]}, expected=[0.85, 0.77]),
+        "energy_change": F.energy_change([0.1, 1], {"rotation": [0, 1e-16], "noise": [1e-3, 1e-2]}),
+        "energy_pairs": F.energy_pairs({"random": rng.uniform(-1, 1, 100)}, dimension=1024),
+        "energy_by_matrix": F.energy_by_matrix(["a", "b"], {"trained": [0.8, 0.7], "uniform": [0.7, 0.75]}),
+    }
+
+
+@pytest.mark.parametrize(("name", "figure"), list(charts().items()), ids=lambda v: v if isinstance(v, str) else "")
+def test_a_chart_is_plain_json_and_valid_plotly_with_question_and_caption(name, figure):
+    again = json.loads(json.dumps(figure, allow_nan=False))
+    assert again == figure
+    go.Figure(figure)  # raises on any property Plotly does not know
+    layout = figure["layout"]
+    assert layout["title"]["text"].endswith("?")
+    assert layout["meta"]["caption"].endswith(".")
+    assert "nan" not in layout["meta"]["caption"]
+    assert layout["meta"]["chart"] == name
+    assert layout["uirevision"] == name
+    for key, axis in layout.items():
+        # The gap's upper panel shares the lower one's horizontal axis; nothing else may lack a label.
+        if key.startswith(("xaxis", "yaxis")) and name != "energy_by_matrix":
+            assert axis["title"]["text"]
+
+
+def test_every_exported_chart_is_in_the_battery():
+    made = {name for name in F.__all__ if callable(getattr(F, name)) and name in charts()}
+    helpers = {"Shown", "browser_path", "figure_json", "mean_interval", "png", "set_renderer", "show", "t_quantile"}
+    public = {name for name in F.__all__ if callable(getattr(F, name))}
+    assert public - made == helpers | {"without_caption"}
+
+
+def test_charts_do_not_share_the_template_with_what_a_caller_may_change():
+    figure = F.spectra({"a": [2.0, 1.0]})
+    figure["layout"]["template"]["layout"]["font"]["size"] = 99
+    assert F.TEMPLATE["layout"]["font"]["size"] != 99
+
+
+def test_tensors_lists_and_arrays_give_the_same_chart():
+    values = [3.0, 2.0, 1.0]
+    made = [F.spectra({"a": v}) for v in (values, np.array(values, np.float32), torch.tensor(values).bfloat16())]
+    assert made[0] == made[1] == made[2]
+
+
+def test_loss_band_is_the_t_interval_of_the_seeds():
+    runs = np.array([[1.0, 2.0], [2.0, 4.0], [3.0, 9.0]])
+    figure = F.loss_curves({"a": ([0, 1], runs)})
+    band, line = figure["data"]
+    mean, low, high = F.mean_interval(runs[:, 1])
+    assert line["y"][1] == pytest.approx(mean)
+    assert band["y"][1] == pytest.approx(high, rel=1e-6)
+    assert band["y"][2] == pytest.approx(low, rel=1e-6)
+
+
+def test_a_diverged_run_is_named_and_leaves_a_gap():
+    figure = F.loss_curves({"good": ([0, 1], [2, 1]), "bad": ([0, 1], [2, float("nan")])})
+    assert figure["data"][1]["y"] == [2, None]
+    assert "diverged: bad" in figure["layout"]["meta"]["caption"]
+
+
+def test_long_histories_are_thinned_and_keep_their_ends():
+    figure = F.scalar_history({"a": (np.arange(100_000), np.arange(100_000.0))}, ylabel="x")
+    xs = figure["data"][0]["x"]
+    assert len(xs) <= 2000
+    assert (xs[0], xs[-1]) == (0, 99_999)
+
+
+def test_noise_slope_is_fitted_from_the_data():
+    windows = np.array([1, 3, 10, 50])
+    figure = F.noise_suppression(windows, {"w": (2 * windows - 1) ** 0.3})
+    assert "^0.3." in figure["layout"]["meta"]["caption"]
+
+
+def test_heatmap_keeps_exact_zeros_and_fixed_limits():
+    figure = F.spectrum_heatmap([0, 1], [[1.0, 0.0], [10.0, 0.0]], name="w", zmin=-2, zmax=2)
+    heat = figure["data"][0]
+    assert (heat["zmin"], heat["zmax"]) == (-2, 2)
+    assert heat["z"][0] == [0, 1]
+    assert heat["z"][1] == [-7, -7]
+
+
+def test_zero_centred_colours_are_symmetric():
+    heat = F.gap_heatmap([1, 2], [0.0, 0.5], [[-1, 0], [2, 3]], title="?", zero_centred=True)["data"][0]
+    assert (heat["zmin"], heat["zmid"], heat["zmax"]) == (-3, 0, 3)
+
+
+def test_uniform_cosine_density_integrates_to_one_even_in_wide_layers():
+    density = F.energy_pairs({"a": [0.0, 0.1]}, dimension=4096)["data"][-1]
+    assert sum(density["y"]) * (density["x"][1] - density["x"][0]) == pytest.approx(1, rel=1e-4)
+
+
+def test_sphere_ways_stay_on_the_sphere():
+    figure = F.sphere(np.eye(3), before=[[0, 1, 0], [0, 0, 1], [-1, -1, 0]])
+    way = next(t for t in figure["data"] if t.get("name") == "way")
+    points = np.array([[np.nan if v is None else v for v in way[c]] for c in "xyz"])
+    norms = np.linalg.norm(points, axis=0)
+    assert np.allclose(norms[np.isfinite(norms)], 1, atol=1e-6)
+
+
+def test_series_differ_in_more_than_colour():
+    figure = F.scalar_history({str(i): ([0, 1], [i, i]) for i in range(6)}, ylabel="x")
+    assert len({(t["line"]["dash"], t["marker"]["symbol"]) for t in figure["data"]}) == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "make"),
+    [
+        (OptionError, lambda: F.spectra({"a": [1.0, 2.0]})),
+        (OptionError, lambda: F.spectra({"a": [2.0, 1.0]}, rank=2)),
+        (OptionError, lambda: F.spectra({"a": [2.0, 1.0]}, start=0)),
+        (OptionError, lambda: F.spectra({"a": [2.0, -1.0]})),
+        (NonFiniteError, lambda: F.spectra({"a": [float("nan"), 1.0]})),
+        (ShapeError, lambda: F.spectra({})),
+        (DtypeError, lambda: F.spectra({"a": ["x", "y"]})),
+        (ShapeError, lambda: F.spectra({"a": [[1.0]]})),
+        (ShapeError, lambda: F.spectra({"a": []})),
+        (UnknownNameError, lambda: F.spectrum_ratio({"a": [1.0]}, "b")),
+        (OptionError, lambda: F.spectrum_ratio({"a": [1.0, 0.0]}, "a")),
+        (OptionError, lambda: F.spectrum_bars([2.0, 1.0], rank=2)),
+        (OptionError, lambda: F.spectrum_heatmap([0], [[-1.0]], name="w")),
+        (ShapeError, lambda: F.spectrum_heatmap([0, 1], [[1.0]], name="w")),
+        (ShapeError, lambda: F.loss_curves({"a": ([0, 1], [1.0])})),
+        (OptionError, lambda: F.loss_curves({"a": ([1, 0], [1.0, 2.0])})),
+        (OptionError, lambda: F.alignment_by_beta([0.5, 1.0], {"a": [1, 1]})),
+        (ShapeError, lambda: F.alignment_by_beta([0.5], {"a": [1]}, bands={"b": ([0], [1])})),
+        (OptionError, lambda: F.gap_by_beta([0.5], [1], [1], current=1.0)),
+        (OptionError, lambda: F.noise_suppression([1, 2], {"a": [0.0, 1.0]})),
+        (OptionError, lambda: F.noise_suppression([0.5, 2], {"a": [1.0, 1.0]})),
+        (ShapeError, lambda: F.subspace_error([1], {1: [1.0]}, {2: [1.0]})),
+        (OptionError, lambda: F.sphere([[0, 0, 0]])),
+        (ShapeError, lambda: F.sphere([[1, 0]])),
+        (ShapeError, lambda: F.sphere([[1, 0, 0]], labels=["a", "b"])),
+        (OptionError, lambda: F.energy_change([0, 1], {"a": [0, 0]})),
+        (OptionError, lambda: F.energy_pairs({"a": [1.5]})),
+        (ShapeError, lambda: F.energy_by_matrix([], {"a": []})),
+        (ShapeError, lambda: F.projection_arrows({"a": (1, 2, 3)})),
+    ],
+)
+def test_bad_input_gets_one_of_our_errors(unchecked, error, make):
+    with pytest.raises(error):
+        make()
+
+
+def test_an_unknown_probe_is_refused(unchecked):
+    with pytest.raises(OptionError, match="stationary"):
+        F.alignment_by_beta([0.5], {"a": [1]}, probe="frozen")  # type: ignore[arg-type]

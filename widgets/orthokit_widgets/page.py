@@ -1,0 +1,161 @@
+"""What all pages share: the frame, the address, the alert, and repainting while a thread is at work."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Generic, TypeVar
+
+import panel as pn
+from panel.viewable import Viewer
+
+from orthokit.errors import OrthokitError
+from orthokit_widgets.components import Address, Form, Message, header
+from orthokit_widgets.fields import Settings, describe, read, read_query, write_query
+
+State = TypeVar("State", bound=Settings)
+
+__all__ = ["PAGES", "Page", "columns"]
+
+#: Titles of the pages to their addresses.
+PAGES = {"Momentum gap": "momentum", "Live training": "training"}
+_PERIOD = 200  # ms between two looks at what a thread has done
+
+_GROUND = (
+    ":host { background: #f4f6f8; padding: 14px 18px 20px; gap: 12px; box-sizing: border-box; min-height: 100vh; }"
+)
+_SIDE = """
+:host { background: #fff; border: 1px solid #d8dee4; border-radius: 10px; padding: 14px 16px; gap: 14px;
+  box-sizing: border-box; flex: 1 1 250px !important; max-width: 320px; align-self: flex-start; }
+"""
+_MAIN = ":host { flex: 1 1 560px !important; gap: 12px; min-width: 0; }"
+_BODY = ":host { gap: 12px; } @media (max-width: 860px) { :host > * { max-width: 100% !important; } }"
+
+
+def columns(*parts: pn.viewable.Viewable, least: int = 400) -> pn.FlexBox:
+    """Parts of equal width side by side; under each other where ``least`` pixels each do not fit."""
+    sheet = f":host {{ gap: 12px; }} :host > * {{ flex: 1 1 {least}px !important; min-width: min(100%, {least}px); }}"
+    return pn.FlexBox(*parts, sizing_mode="stretch_width", margin=0, stylesheets=[sheet], align_items="stretch")
+
+
+class Page(Viewer, Generic[State]):
+    """A page around a state: settings on the left, charts on the right, one alert above, one status beside.
+
+    Args:
+        state: The settings and what is computed from them.
+        title: Name of the page.
+        explanation: HTML for the head.
+        links: Show links between the pages; a server that serves them side by side wants it.
+    """
+
+    def __init__(self, state: State, *, title: str, explanation: str, links: bool = False) -> None:
+        super().__init__()
+        self.state = state
+        self.alert = Message(role="alert")
+        self.status = Message(role="status")
+        self.form = Form(heard=self._heard, label="Settings", fields=describe(state), values=state.values())
+        self.address = Address(active=self._served())
+        self._problems: list[str] = []
+        self._watch = None
+        self._callback: Any = None
+        self._read_address()
+        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
+        side = pn.Column(self.status, self.form, *self.side(), stylesheets=[_SIDE], **wide)
+        main = pn.Column(*self.parts(), stylesheets=[_MAIN], **wide)
+        body = pn.FlexBox(side, main, align_items="flex-start", stylesheets=[_BODY], **wide)
+        head = header(title, explanation, links=PAGES if links else None)
+        self._layout = pn.Column(head, self.alert, body, self.address, stylesheets=[_GROUND], **wide)
+        self.repaint()
+
+    # --- what a page fills in
+
+    def side(self) -> list[pn.viewable.Viewable]:
+        """What stands below the settings."""
+        return []
+
+    def parts(self) -> list[pn.viewable.Viewable]:
+        """The charts, from top to bottom."""
+        raise NotImplementedError
+
+    def paint(self) -> bool:
+        """Show the state's snapshot; whether something is still going on that needs another look."""
+        raise NotImplementedError
+
+    def changed(self, name: str) -> None:
+        """A setting has a new value; the page is repainted after this."""
+
+    def acted(self, message: dict[str, Any]) -> None:
+        """A button was pressed or a run ticked."""
+
+    def problems(self) -> list[str]:
+        """What to say in the alert besides bad values."""
+        return []
+
+    # --- what pages share
+
+    def __panel__(self) -> pn.viewable.Viewable:
+        return self._layout
+
+    def panel(self) -> pn.viewable.Viewable:
+        """The page as a Panel object."""
+        return self._layout
+
+    def repaint(self) -> None:
+        """Show what is known now, and keep looking while a thread is at work."""
+        with pn.io.hold():
+            more = self.paint()
+            self.alert.text = "\n".join([*self._problems, *self.problems()])
+            self.address.query = write_query(self.state)
+        if more and self._callback is None:
+            with contextlib.suppress(RuntimeError):  # outside of a server and a notebook nothing can call back
+                self._callback = pn.state.add_periodic_callback(self._tick, period=_PERIOD, start=True)
+        elif not more and self._callback is not None:
+            self._callback.stop()
+            self._callback = None
+
+    def close(self) -> None:
+        """Stop looking; the page was closed."""
+        if self._callback is not None:
+            self._callback.stop()
+            self._callback = None
+
+    def _tick(self) -> None:
+        self.repaint()
+
+    @staticmethod
+    def _served() -> bool:
+        """Whether the page has an address of its own: in a server's session, not in a notebook."""
+        return pn.state.curdoc is not None and pn.state.curdoc.session_context is not None
+
+    def _read_address(self) -> None:
+        if not self._served():
+            return
+        if pn.state.location is not None:
+            self._problems = read_query(self.state, pn.state.location.search or "")
+        self.form.values = self.state.values()
+        pn.state.on_session_destroyed(lambda context: self.close())
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            self._resend()
+        elif "set" in message:
+            self._set(str(message["set"]), message.get("value"))
+        else:
+            self.acted(message)
+        self.repaint()
+
+    def _set(self, name: str, text: Any) -> None:
+        try:
+            value = read(self.state, name, text)
+        except OrthokitError as error:
+            self._problems = [f"{error} It stays at {getattr(self.state, name, '')}."]
+            self.form.param.trigger("values")
+            return
+        self._problems = []
+        setattr(self.state, name, value)
+        self.changed(name)
+        self.form.values = self.state.values()
+
+    def _resend(self) -> None:
+        """The browser has just drawn the page: what was sent before may be lost."""
+        for part in self._layout.select(lambda item: hasattr(item, "resend")):
+            part.resend()

@@ -1,0 +1,185 @@
+"""``orthokit dash``: the pages on a port of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main", "make_server"]
+
+_INDEX = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>orthokit</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>
+body {{ font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", Arial, sans-serif; color: #1f2328;
+  background: #f4f6f8; margin: 0; }}
+main {{ max-width: 760px; margin: 9vh auto 0; padding: 0 20px; }}
+h1 {{ font-size: 28px; margin: 0 0 4px; letter-spacing: -0.01em; }} p {{ margin: 0; color: #57606a; }}
+ul {{ list-style: none; padding: 0; margin: 26px 0; display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }}
+a {{ display: block; height: 100%; box-sizing: border-box; background: #fff; border: 1px solid #d8dee4; border-radius: 10px; padding: 18px 20px;
+  text-decoration: none; color: #57606a; }}
+a:hover {{ border-color: #0065a0; }} a:focus-visible {{ outline: 3px solid #56b4e9; outline-offset: 2px; }}
+a strong {{ display: block; color: #0065a0; font-size: 18px; }}
+</style></head><body><main><h1>orthokit</h1><p>Live pages. Everything runs on this machine; nothing is fetched from elsewhere.</p>
+<ul>{items}</ul><p>Runs are kept in <code>{root}</code>.</p></main></body></html>"""
+_ABOUT = {
+    "momentum": "Pull momentum, noise and rank; see the singular values part into signal and noise.",
+    "training": "Start, pause and stop a small training; watch its loss, spectra, gap and energy.",
+}
+
+
+def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | None = None, threads: int = 4) -> Any:
+    """A server of the pages, listening and not yet answering: ``server.io_loop.start()`` does that.
+
+    Args:
+        port: Port to listen on; 0 takes any free one (``server.port`` says which).
+        address: Address to listen on; default this machine only.
+        root: Folder of runs; default ``$ORTHOKIT_RUNS``, else ``./runs``.
+        threads: Threads that answer, so that one session's work does not hold up another's; default 4.
+
+    Returns:
+        The Bokeh server.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    import panel as pn
+    from panel.io.server import get_server
+    from tornado.web import RequestHandler
+
+    from orthokit.lab.runs import runs_root
+    from orthokit_widgets.momentum_view import MomentumPage
+    from orthokit_widgets.page import PAGES
+    from orthokit_widgets.training_view import TrainingPage
+
+    folder = runs_root(root).resolve()
+    pn.config.nthreads = threads
+
+    def momentum() -> Any:
+        pn.extension("plotly")
+        return MomentumPage(links=True)
+
+    def training() -> Any:
+        pn.extension("plotly")
+        return TrainingPage(links=True, root=folder)
+
+    class Index(RequestHandler):
+        def get(self) -> None:
+            items = "".join(
+                f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items()
+            )
+            from html import escape
+
+            self.write(_INDEX.format(items=items, root=escape(str(folder))))
+
+    hosts = {address, "localhost", "127.0.0.1"}
+    if not _is_local(address):
+        hosts |= {socket.gethostname(), socket.getfqdn()}
+    options: dict[str, Any] = {
+        "address": address,
+        "title": {url: f"{name} · orthokit" for name, url in PAGES.items()},
+        "extra_patterns": [(r"/", Index)],
+        # A closed tab is forgotten, and its training stopped, within seconds.
+        "unused_session_lifetime_milliseconds": 3000,
+        "check_unused_sessions_milliseconds": 1000,
+    }
+    pages = {"momentum": momentum, "training": training}
+    server = get_server(
+        pages, port=port, **options, use_index=False, websocket_origin=[f"{host}:{port}" for host in hosts]
+    )  # type: ignore[arg-type]
+    if port == 0:
+        # The origins have to name the port that the system chose.
+        server._tornado._websocket_origins = {f"{host}:{server.port}" for host in hosts}
+    return server
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the pages until Ctrl-C.
+
+    Args:
+        argv: Arguments of ``orthokit dash``; default those of the process.
+
+    Returns:
+        0, or 1 when the server could not start.
+    """
+    parser = argparse.ArgumentParser(prog="orthokit dash", description="Serve the live pages on this machine.")
+    parser.add_argument(
+        "--port", type=int, default=5006, help="port; 0 or a taken one: the next that is free (%(default)s)"
+    )
+    parser.add_argument("--address", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    parser.add_argument("--open", action=argparse.BooleanOptionalAction, default=False, help="open a browser")
+    parser.add_argument("--root", default=None, help="folder of runs ($ORTHOKIT_RUNS, else ./runs)")
+    parser.add_argument("--num-threads", type=int, default=4, help="threads that answer (%(default)s)")
+    given = parser.parse_args(argv)
+    if not 0 <= given.port <= 65535:
+        parser.error(f"--port must lie in 0 to 65535; got {given.port}.")
+    if given.num_threads < 1:
+        parser.error(f"--num-threads must be at least 1; got {given.num_threads}.")
+    if not _is_local(given.address):
+        _say(
+            f"Warning: {given.address} can be reached from other machines. Whoever reaches it can start trainings here "
+            "and read the recorded runs; there is no password."
+        )
+    try:
+        port = _free_port(given.address, given.port)
+        server = make_server(port=port, address=given.address, root=given.root, threads=given.num_threads)
+    except OSError as error:
+        _say(
+            f"The pages cannot be served at {given.address}, port {given.port}: {error}. Choose others by --address and --port."
+        )
+        return 1
+    if port != given.port:
+        _say(f"Port {given.port} is taken; using {port}." if given.port else f"Using the free port {port}.")
+    host = given.address if given.address not in ("0.0.0.0", "::") else "127.0.0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    _say(f"Live pages at {url} (Ctrl-C ends)")
+    server.start()
+    if given.open:
+        import webbrowser
+
+        server.io_loop.call_later(0.2, lambda: webbrowser.open(url))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.io_loop.start()
+    _say("Ended.")
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + os.linesep)
+    sys.stdout.flush()
+
+
+def _is_local(address: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _free_port(address: str, wanted: int) -> int:
+    """``wanted`` or the next port that is free; any free one for 0."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    last: OSError | None = None
+    for port in [0] if wanted == 0 else range(wanted, min(wanted + 50, 65536)):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                last = error
+                continue
+            return probe.getsockname()[1]
+    raise last or OSError("no port is free")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
