@@ -1,27 +1,24 @@
 """Hyperspherical energy of 4096 neurons in 1024 dimensions: orthokit against the usual ways to get all distances.
 
-Every method is run in turn, several rounds in one process, so that a busy machine slows all of them alike; the
-fastest round counts. Peak memory is measured in a fresh process each, above that of the input.
-
-    python benchmarks/energy.py [--neurons N] [--dims D] [--rounds R] [--threads T] [--json PATH]
+Peak memory is measured in a fresh process each, above that of the input. The relative error is that of the float32
+result against float64.
 """
 
-import argparse
-import json
 import math
 import multiprocessing
-import os
-import platform
 import resource
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Case, Options, Result, run
 from orthokit.diagnostics import hyperspherical_energy
+
+__all__ = ["cases", "main"]
 
 
 def unit(W: Tensor) -> Tensor:
@@ -82,59 +79,25 @@ def peak_memory(name: str, n: int, d: int, threads: int) -> float:
     return high_water() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--neurons", type=int, default=4096)
-    parser.add_argument("--dims", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--json", type=Path, help="write the result there")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    W = neurons(options.neurons, options.dims)
+def cases(options: Options) -> Iterator[Case]:
+    """One case; ``--quick`` takes a sixteenth of the work."""
+    n, d = (1024, 256) if options.quick else (4096, 1024)
+    W = neurons(n, d)
     exact = hyperspherical_energy(W.double()).item()
-    seconds: dict[str, float] = dict.fromkeys(METHODS, math.inf)
-    values: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for name, method in METHODS.items():
-            start = time.perf_counter()
-            values[name] = method(W).item()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    memory: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    rows = []
     for name in METHODS:
         with context.Pool(1) as pool:
-            memory = pool.apply(peak_memory, (name, options.neurons, options.dims, options.threads))
-        rows.append(
-            {
-                "method": name,
-                "seconds": round(seconds[name], 4),
-                "ratio": round(seconds[name] / seconds["orthokit"], 2),
-                "extra_peak_mib": round(memory, 1),
-                "relative_error": abs(values[name] / exact - 1),
-            }
-        )
-    print(f"{options.neurons} neurons x {options.dims} dimensions, float32, {options.threads} thread(s)")
-    print(f"{'method':26s}{'seconds':>9s}{'ratio':>8s}{'extra MiB':>11s}{'rel. error':>12s}")
-    for row in rows:
-        print(
-            f"{row['method']:26s}{row['seconds']:9.3f}{row['ratio']:8.2f}{row['extra_peak_mib']:11.1f}"
-            f"{row['relative_error']:12.1e}"
-        )
-    if options.json:
-        report = {
-            "neurons": options.neurons,
-            "dims": options.dims,
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        part = options.json.with_suffix(".tmp")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(options.json)
+            memory[name] = f"{pool.apply(peak_memory, (name, n, d, options.threads)):.1f}"
+    errors = {name: f"{abs(method(W).item() / exact - 1):.1e}" for name, method in METHODS.items()}
+    candidates: dict[str, Callable[[], object]] = {name: partial(method, W) for name, method in METHODS.items()}
+    columns = {"extra MiB": memory, "rel. error": errors}
+    yield Case(f"{n} neurons x {d} dimensions, float32", candidates, baseline="orthokit", columns=columns)
+
+
+def main(arguments: list[str] | None = None) -> list[Result]:
+    """Run this benchmark."""
+    return run("energy", __doc__, cases, arguments)
 
 
 if __name__ == "__main__":

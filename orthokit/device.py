@@ -188,6 +188,11 @@ def fast_matmul_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     return torch.bfloat16 if rates["bfloat16"] >= _WORTHWHILE * rates["float32"] else torch.float32
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread" + ("s" if count != 1 else "")
+
+
 def describe(device: str | torch.device = "cpu") -> str:
     """One line about a device, for the first output of a notebook: name, threads, fast dtype.
 
@@ -202,6 +207,6 @@ def describe(device: str | torch.device = "cpu") -> str:
         True
     """
     where = torch.device(device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else _threads()
     fast = str(fast_matmul_dtype(where)).removeprefix("torch.")
     return f"{where}, {name}, matrices multiply fastest in {fast}"

@@ -35,7 +35,7 @@ def test_auto_takes_what_is_here():
     assert device.pick_device("cpu") == device.pick_device(torch.device("cpu")) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cpu:x"])
+@pytest.mark.parametrize("name", ["graphics", "", "cpu:x"])
 def test_names_that_are_no_device_are_refused(name):
     with pytest.raises(DeviceError, match=r"'auto' or a torch device name.*cpu"):
         device.pick_device(name)

@@ -22,6 +22,10 @@ __all__ = ["Muon", "lr_ratio"]
 ORDERS = ("pre", "post", "none")
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
+# On one CPU thread a batched product saves the overhead of a call, which no longer matters from this width on, and the
+# stack costs a copy. On several threads it pays at every width: the batch is split over the cores.
+_STACKED_ON_ONE_THREAD = 128
+
 
 def lr_ratio(rule: str | None, rows: int, columns: int) -> float:
     r"""The factor on the learning rate that makes updates of all shapes alike.
@@ -210,8 +214,9 @@ class Muon(torch.optim.Optimizer):
                 direction = self._filter(p, block, direction, group)
             ratio = lr_ratio(group["adjust_lr_fn"], *block.shape[-2:])
             weight = block.read(p)
-            updated = weight.mul(1 - lr * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-lr * ratio)
-            block.write(p, updated)
+            weight.mul_(1 - lr * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-lr * ratio)
+            if weight.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
+                block.write(p, weight)  # strides that allow no view: read gave a copy
 
     def _polar_input(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         """What the polar factor is taken of: the filtered gradient for "pre", the gradient itself otherwise."""
@@ -236,10 +241,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalize_all(inputs: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Polar factors of many matrices: equal shapes are stacked, because one batched product beats many small ones."""
+    """Polar factors of many matrices; equal shapes are stacked where one batched product beats many single ones."""
     stacks: dict[tuple, list[int]] = defaultdict(list)
     for i, x in enumerate(inputs):
-        stacks[(*x.shape, x.dtype, x.device)].append(i)
+        alone = x.device.type == "cpu" and torch.get_num_threads() == 1 and min(x.shape[-2:]) > _STACKED_ON_ONE_THREAD
+        stacks[(*x.shape, x.dtype, x.device, i if alone else -1)].append(i)
     outputs: list[Tensor] = [torch.empty(0)] * len(inputs)
     for members in stacks.values():
         first = inputs[members[0]]

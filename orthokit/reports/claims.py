@@ -234,12 +234,12 @@ def measured(claim: Claim) -> str:
 
 
 def said(value: Any) -> str:
-    """A number with four digits, words as they are, nothing as a dash."""
+    """A number with three digits, words as they are, nothing as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return f"{value:.4g}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _ends(interval: Any) -> tuple[float, float]:

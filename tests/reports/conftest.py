@@ -47,6 +47,7 @@ def run(sources, tmp_path, monkeypatch):
     from orthokit.reports import runner
     from orthokit.reports import sources as source_module
 
+    monkeypatch.delenv("ORTHOKIT_RUNS", raising=False)
     monkeypatch.setattr(source_module, "code_version", lambda: "test")
     monkeypatch.setattr(runner, "code_version", lambda: "test")
 

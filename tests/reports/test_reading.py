@@ -15,7 +15,7 @@ def test_a_measured_claim_takes_interval_and_verdict_from_its_values():
     mean, low, high = mean_interval(values)
     assert (claim.measured, claim.interval, claim.seeds) == (mean, (low, high), 3)
     assert (claim.verdict, claim.reference, claim.paper) == ("holds", 0, "arXiv 2606.03899")
-    assert claims.measure("b", "It is small.", [1.0, 1.1], less_than=0.5).verdict == "fails"
+    assert claims.measure("b", "It is small.", [1.0, 1.05, 1.1], less_than=0.5).verdict == "fails"
     assert claims.measure("c", "It lies here.", [0.0, 1.0], between=(0, 1)).verdict == "undecided"
     with pytest.raises(ShapeError):
         claims.measure("d", "One run.", [1.0], greater_than=0)

@@ -1,5 +1,6 @@
 """Reports tell the truth: about failures, timeouts, missing results, kills and versions."""
 
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import nbformat
 import pytest
 
 from orthokit.errors import OptionError, ReportError, UnknownNameError
-from orthokit.reports.progress import last_step
+from orthokit.reports.progress import Console, last_step
 from orthokit.reports.status import Folder
 
 
@@ -254,6 +255,26 @@ def test_progress_reads_the_last_whole_line(tmp_path):
     assert last_step(path) == "Muon, step 120 of 300, loss 2.312"
     path.write_text("x" * 9000 + f"\n{line}\n")
     assert "step 120" in last_step(path)
+
+
+def test_a_terminal_gets_one_changing_line_and_a_log_gets_few_lines():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    console = Console(terminal)
+    console.status("step 1")
+    console.status("step 1")
+    console.status("2")
+    console.line("done")
+    assert terminal.getvalue() == "step 1\r      \r2\r \rdone\n"
+    log = io.StringIO()
+    console = Console(log, every=3600)
+    for step in range(5):
+        console.status(f"step {step}")
+    console.line("done")
+    assert log.getvalue() == "  step 0\ndone\n"
 
 
 def test_training_steps_are_shown_while_a_notebook_runs(make, run, monkeypatch):

@@ -15,7 +15,7 @@ import panel as pn
 import param
 from panel.custom import JSComponent
 
-__all__ = ["Address", "Chart", "Facts", "Form", "Message", "RunTable", "header", "stylesheets"]
+__all__ = ["Address", "Chart", "Facts", "Form", "Message", "Part", "RunTable", "header", "stylesheets"]
 
 _ASSETS = Path(__file__).parent / "assets"
 # The style of the charts' own parts, as Panel's pane for them uses it.
@@ -31,7 +31,7 @@ def stylesheets(*names: str) -> list[str]:
     return [_read("theme.css"), *map(_read, names)]
 
 
-class _Part(JSComponent):
+class Part(JSComponent):
     """A component that hands the browser's messages to ``heard``."""
 
     __abstract = True
@@ -50,7 +50,7 @@ class _Part(JSComponent):
             self._heard(data)
 
 
-class Form(_Part):
+class Form(Part):
     """Labelled controls, buttons; a change comes as ``{"set": name, "value": value}``, a press as ``{"action"}``."""
 
     label = param.String("Settings", doc="What the form is for, to a screen reader.")
@@ -63,7 +63,7 @@ class Form(_Part):
     _stylesheets = stylesheets("form.css")
 
 
-class Chart(_Part):
+class Chart(Part):
     """One chart of :mod:`orthokit.figures`, with its question above and its answer below."""
 
     figure = param.String("{}", doc="What :meth:`show` sends.")
@@ -94,7 +94,7 @@ class Chart(_Part):
         self.figure = json.dumps(content | {"layout": layout}, separators=(",", ":"))
 
 
-class Message(_Part):
+class Message(Part):
     """A sentence that is announced when it changes: ``role="status"`` politely, ``role="alert"`` at once."""
 
     text = param.String("", doc="What to say; nothing is shown when empty.")
@@ -104,7 +104,7 @@ class Message(_Part):
     _stylesheets = stylesheets("message.css")
 
 
-class Facts(_Part):
+class Facts(Part):
     """A row of named numbers."""
 
     items = param.List([], doc="Each with name, value and unit, as text.")
@@ -113,7 +113,7 @@ class Facts(_Part):
     _stylesheets = stylesheets("facts.css")
 
 
-class RunTable(_Part):
+class RunTable(Part):
     """Recorded runs with a tick each; a tick arrives as ``{"draw": name, "on": bool}``."""
 
     rows = param.List([], doc="Each with name, status, what, steps, loss, created, error (text), chosen, drawable.")
@@ -123,7 +123,7 @@ class RunTable(_Part):
     _stylesheets = stylesheets("runs.css")
 
 
-class Address(_Part):
+class Address(Part):
     """Writes the settings into the address of a served page; does nothing elsewhere."""
 
     query = param.String("", doc="The query, without its question mark.")

@@ -13,7 +13,8 @@ import torch
 from orthokit.diagnostics.momentum import effective_samples
 from orthokit.diagnostics.randommatrix import noise_edge, spike_positions
 from orthokit.errors import OrthokitError
-from orthokit.figures import gap_by_beta, projection_arrows, spectrum_bars
+from orthokit.figures import gap_by_beta, spectrum_bars
+from orthokit_widgets._charts import arrows
 from orthokit_widgets.fields import Settings
 from orthokit_widgets.momentum_data import (
     BETAS,
@@ -153,14 +154,12 @@ class MomentumState(Settings):
                 ymax=1.06 * curves.top,
             ),
             "gap": self._gap_figure(curves, post),
-            "arrows": projection_arrows(
+            "arrows": arrows(
                 {
                     "signal S": (float(truth.signal.norm()), 0.0),
                     "momentum M": _plane(M, truth.signal),
                     "gradient G": _plane(truth.signal + sigma * stream.noise, truth.signal),
-                },
-                xlabel="length along S",
-                ylabel="length across S",
+                }
             ),
         }
         aligned = {
@@ -203,11 +202,11 @@ class MomentumState(Settings):
         return [
             {"name": "gap σᵣ − σᵣ₊₁", "value": f"{numbers['gap']:.2f}", "unit": ""},
             {
-                "name": f"alignment of the update ({self.order})",
+                "name": f"alignment, order {self.order}",
                 "value": "…" if aligned is None else f"{aligned:.3f}",
                 "unit": ratio and "of 1",
             },
-            {"name": "above the noise edge", "value": f"{numbers['above']}", "unit": f"of r = {self.rank} sought"},
+            {"name": "above the noise edge", "value": f"{numbers['above']}", "unit": f"of {self.rank} sought"},
             {"name": "noise edge", "value": f"{numbers['edge']:.2f}", "unit": ""},
             {"name": "gradients averaged", "value": f"{numbers['samples']:.3g}", "unit": "(1+β)/(1−β)"},
         ]

@@ -9,7 +9,7 @@ import panel as pn
 from orthokit_widgets.components import Chart, Facts
 from orthokit_widgets.fields import read
 from orthokit_widgets.momentum_state import MomentumState
-from orthokit_widgets.page import Page, columns
+from orthokit_widgets.page import Page, columns, stack
 
 __all__ = ["MomentumPage"]
 
@@ -18,14 +18,21 @@ Every gradient is a fixed signal of rank <i>r</i> plus fresh noise,
 <math><msub><mi>G</mi><mi>t</mi></msub><mo>=</mo><mi>S</mi><mo>+</mo><mi>σ</mi><msub><mi>Ξ</mi><mi>t</mi></msub></math>.
 Momentum averages them,
 <math><msub><mi>M</mi><mi>t</mi></msub><mo>=</mo><mi>β</mi><msub><mi>M</mi><mrow><mi>t</mi><mo>−</mo><mn>1</mn></mrow></msub>
-<mo>+</mo><mo>(</mo><mn>1</mn><mo>−</mo><mi>β</mi><mo>)</mo><msub><mi>G</mi><mi>t</mi></msub></math>,
-which keeps the signal and divides the noise by
-<math><msqrt><mrow><mo>(</mo><mn>1</mn><mo>+</mo><mi>β</mi><mo>)</mo><mo>/</mo><mo>(</mo><mn>1</mn><mo>−</mo><mi>β</mi><mo>)</mo></mrow></msqrt></math>:
-a gap opens between the singular values
+<mo>+</mo><mo
+stretchy="false">(</mo><mn>1</mn><mo>−</mo><mi>β</mi><mo
+stretchy="false">)</mo><msub><mi>G</mi><mi>t</mi></msub></math>:
+the signal stays, the variance of the noise falls by
+<math><mo
+stretchy="false">(</mo><mn>1</mn><mo>+</mo><mi>β</mi><mo
+stretchy="false">)</mo><mo
+stretchy="false">/</mo><mo
+stretchy="false">(</mo><mn>1</mn><mo>−</mo><mi>β</mi><mo
+stretchy="false">)</mo></math>,
+and a gap opens between the singular values
 <math><msub><mi>σ</mi><mi>r</mi></msub></math> and
 <math><msub><mi>σ</mi><mrow><mi>r</mi><mo>+</mo><mn>1</mn></mrow></msub></math>.
-Muon orthogonalises after averaging (order pre), so it sees the gap; orthogonalising each gradient first (post) or not
-averaging at all (none) does not.
+Muon orthogonalises after averaging (order <i>pre</i>) and so sees the gap; orthogonalising each gradient first
+(<i>post</i>), or not averaging at all (<i>none</i>), does not.
 """
 
 
@@ -44,15 +51,14 @@ class MomentumPage(Page[MomentumState]):
         state = MomentumState()
         state.param.update(**{name: read(state, name, value) for name, value in settings.items()})
         self.facts = Facts()
-        heights = {"spectrum": 235, "arrows": 235, "gap": 590}
+        heights = {"spectrum": 245, "arrows": 205, "gap": 542}
         self.charts = {name: Chart(plot_height=height) for name, height in heights.items()}
         super().__init__(state, title="Momentum gap", explanation=_EXPLANATION, links=links)
 
     def parts(self) -> list[pn.viewable.Viewable]:
         """Numbers above, three charts below."""
-        left = pn.Column(self.charts["spectrum"], self.charts["arrows"], margin=0, styles={"gap": "12px"})
-        left.sizing_mode = "stretch_width"
-        return [self.facts, columns(left, self.charts["gap"])]
+        right = stack(self.charts["spectrum"], self.charts["arrows"])
+        return [self.facts, columns(self.charts["gap"], right)]
 
     def paint(self) -> bool:
         """Show the snapshot; more to come while gradients are drawn or orthogonalised."""

@@ -9,32 +9,42 @@ import panel as pn
 from panel.viewable import Viewer
 
 from orthokit.errors import OrthokitError
-from orthokit_widgets.components import Address, Form, Message, header
+from orthokit_widgets.components import Address, Form, Message, Part, header
 from orthokit_widgets.fields import Settings, describe, read, read_query, write_query
 
 State = TypeVar("State", bound=Settings)
 
-__all__ = ["PAGES", "Page", "columns"]
+__all__ = ["PAGES", "Page", "columns", "stack"]
 
 #: Titles of the pages to their addresses.
 PAGES = {"Momentum gap": "momentum", "Live training": "training"}
-_PERIOD = 200  # ms between two looks at what a thread has done
+_PERIOD, _SOON = 200, 50  # ms between two looks at what a thread has done; when an answer is awaited
+_PATIENCE = 15  # looks without a browser until the page counts as closed; a reload or a hiccup takes fewer
 
-_GROUND = (
-    ":host { background: #f4f6f8; padding: 14px 18px 20px; gap: 12px; box-sizing: border-box; min-height: 100vh; }"
-)
-_SIDE = """
-:host { background: #fff; border: 1px solid #d8dee4; border-radius: 10px; padding: 14px 16px; gap: 14px;
-  box-sizing: border-box; flex: 1 1 250px !important; max-width: 320px; align-self: flex-start; }
+# Panel's column ends with a button that is never shown here and yet takes a row of the grid.
+_BARE = ".scroll-button { display: none !important; } "
+_STACK = _BARE + ":host { gap: 12px; }"
+_GROUND = _STACK + ":host { background: #f4f6f8; padding: 14px 18px 20px; box-sizing: border-box; }"
+_SIDE = f"""{_BARE}
+:host {{ background: #fff; border: 1px solid #d8dee4; border-radius: 10px; padding: 14px 16px; gap: 14px;
+  box-sizing: border-box; align-self: start !important; }}
 """
-_MAIN = ":host { flex: 1 1 560px !important; gap: 12px; min-width: 0; }"
-_BODY = ":host { gap: 12px; } @media (max-width: 860px) { :host > * { max-width: 100% !important; } }"
+_GRID = _STACK + ":host { display: grid !important; } :host > * { width: auto !important; min-width: 0; }"
+_BODY = """
+:host { grid-template-columns: minmax(240px, 290px) minmax(0, 1fr); }
+@media (max-width: 860px) { :host { grid-template-columns: minmax(0, 1fr); } }
+"""
 
 
-def columns(*parts: pn.viewable.Viewable, least: int = 400) -> pn.FlexBox:
+def columns(*parts: pn.viewable.Viewable, least: int = 400) -> pn.Column:
     """Parts of equal width side by side; under each other where ``least`` pixels each do not fit."""
-    sheet = f":host {{ gap: 12px; }} :host > * {{ flex: 1 1 {least}px !important; min-width: min(100%, {least}px); }}"
-    return pn.FlexBox(*parts, sizing_mode="stretch_width", margin=0, stylesheets=[sheet], align_items="stretch")
+    fit = f":host {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, {least}px), 1fr)); }}"
+    return pn.Column(*parts, sizing_mode="stretch_width", margin=0, stylesheets=[_GRID, fit])
+
+
+def stack(*parts: pn.viewable.Viewable) -> pn.Column:
+    """Parts under each other."""
+    return pn.Column(*parts, sizing_mode="stretch_width", margin=0, stylesheets=[_STACK])
 
 
 class Page(Viewer, Generic[State]):
@@ -55,13 +65,16 @@ class Page(Viewer, Generic[State]):
         self.form = Form(heard=self._heard, label="Settings", fields=describe(state), values=state.values())
         self.address = Address(active=self._served())
         self._problems: list[str] = []
-        self._watch = None
         self._callback: Any = None
+        self._session: Any = None
+        self._lonely = 0
+        #: Look more often: somebody waits for an answer.
+        self.hurry = False
         self._read_address()
         wide: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
         side = pn.Column(self.status, self.form, *self.side(), stylesheets=[_SIDE], **wide)
-        main = pn.Column(*self.parts(), stylesheets=[_MAIN], **wide)
-        body = pn.FlexBox(side, main, align_items="flex-start", stylesheets=[_BODY], **wide)
+        main = stack(*self.parts())
+        body = pn.Column(side, main, stylesheets=[_GRID, _BODY], **wide)
         head = header(title, explanation, links=PAGES if links else None)
         self._layout = pn.Column(head, self.alert, body, self.address, stylesheets=[_GROUND], **wide)
         self.repaint()
@@ -105,6 +118,8 @@ class Page(Viewer, Generic[State]):
             more = self.paint()
             self.alert.text = "\n".join([*self._problems, *self.problems()])
             self.address.query = write_query(self.state)
+        if self._callback is not None:
+            self._callback.period = _SOON if self.hurry else _PERIOD
         if more and self._callback is None:
             with contextlib.suppress(RuntimeError):  # outside of a server and a notebook nothing can call back
                 self._callback = pn.state.add_periodic_callback(self._tick, period=_PERIOD, start=True)
@@ -119,12 +134,17 @@ class Page(Viewer, Generic[State]):
             self._callback = None
 
     def _tick(self) -> None:
-        self.repaint()
+        seen = self._session is None or self._session.connection_count > 0
+        self._lonely = 0 if seen else self._lonely + 1
+        if self._lonely > _PATIENCE:
+            self.close()
+        else:
+            self.repaint()
 
     @staticmethod
     def _served() -> bool:
         """Whether the page has an address of its own: in a server's session, not in a notebook."""
-        return pn.state.curdoc is not None and pn.state.curdoc.session_context is not None
+        return getattr(pn.state.curdoc, "session_context", None) is not None
 
     def _read_address(self) -> None:
         if not self._served():
@@ -132,6 +152,7 @@ class Page(Viewer, Generic[State]):
         if pn.state.location is not None:
             self._problems = read_query(self.state, pn.state.location.search or "")
         self.form.values = self.state.values()
+        self._session = getattr(getattr(pn.state.curdoc, "session_context", None), "session", None)
         pn.state.on_session_destroyed(lambda context: self.close())
 
     def _heard(self, message: dict[str, Any]) -> None:
@@ -157,5 +178,6 @@ class Page(Viewer, Generic[State]):
 
     def _resend(self) -> None:
         """The browser has just drawn the page: what was sent before may be lost."""
-        for part in self._layout.select(lambda item: hasattr(item, "resend")):
-            part.resend()
+        for part in self._layout.select(Part):
+            if isinstance(part, Part):
+                part.resend()

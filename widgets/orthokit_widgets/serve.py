@@ -9,25 +9,13 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 __all__ = ["main", "make_server"]
 
-_INDEX = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>orthokit</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>
-body {{ font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", Arial, sans-serif; color: #1f2328;
-  background: #f4f6f8; margin: 0; }}
-main {{ max-width: 760px; margin: 9vh auto 0; padding: 0 20px; }}
-h1 {{ font-size: 28px; margin: 0 0 4px; letter-spacing: -0.01em; }} p {{ margin: 0; color: #57606a; }}
-ul {{ list-style: none; padding: 0; margin: 26px 0; display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }}
-a {{ display: block; height: 100%; box-sizing: border-box; background: #fff; border: 1px solid #d8dee4; border-radius: 10px; padding: 18px 20px;
-  text-decoration: none; color: #57606a; }}
-a:hover {{ border-color: #0065a0; }} a:focus-visible {{ outline: 3px solid #56b4e9; outline-offset: 2px; }}
-a strong {{ display: block; color: #0065a0; font-size: 18px; }}
-</style></head><body><main><h1>orthokit</h1><p>Live pages. Everything runs on this machine; nothing is fetched from elsewhere.</p>
-<ul>{items}</ul><p>Runs are kept in <code>{root}</code>.</p></main></body></html>"""
 _ABOUT = {
     "momentum": "Pull momentum, noise and rank; see the singular values part into signal and noise.",
     "training": "Start, pause and stop a small training; watch its loss, spectra, gap and energy.",
@@ -59,7 +47,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     from orthokit_widgets.training_view import TrainingPage
 
     folder = runs_root(root).resolve()
-    pn.config.nthreads = threads
+    pn.config.nthreads = threads  # type: ignore[assignment]
 
     def momentum() -> Any:
         pn.extension("plotly")
@@ -69,14 +57,13 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         pn.extension("plotly")
         return TrainingPage(links=True, root=folder)
 
+    links = "".join(f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items())
+    template = Template((Path(__file__).parent / "assets" / "index.html").read_text(encoding="utf-8"))
+    index = template.substitute(items=links, root=escape(str(folder)))
+
     class Index(RequestHandler):
         def get(self) -> None:
-            items = "".join(
-                f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items()
-            )
-            from html import escape
-
-            self.write(_INDEX.format(items=items, root=escape(str(folder))))
+            self.write(index)
 
     hosts = {address, "localhost", "127.0.0.1"}
     if not _is_local(address):
@@ -85,14 +72,15 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         "address": address,
         "title": {url: f"{name} · orthokit" for name, url in PAGES.items()},
         "extra_patterns": [(r"/", Index)],
-        # A closed tab is forgotten, and its training stopped, within seconds.
-        "unused_session_lifetime_milliseconds": 3000,
-        "check_unused_sessions_milliseconds": 1000,
+        # A session that is forgotten before a slow browser has loaded the scripts would be made anew, with addresses of
+        # style sheets that point to the network. Closed pages stop their work by themselves, long before this.
+        "unused_session_lifetime_milliseconds": 60_000,
+        "check_unused_sessions_milliseconds": 5_000,
+        "websocket_origin": [f"{host}:{port}" for host in hosts],
+        "use_index": False,
     }
-    pages = {"momentum": momentum, "training": training}
-    server = get_server(
-        pages, port=port, **options, use_index=False, websocket_origin=[f"{host}:{port}" for host in hosts]
-    )  # type: ignore[arg-type]
+    pages: Any = {"momentum": momentum, "training": training}
+    server = get_server(pages, port=port, **options)
     if port == 0:
         # The origins have to name the port that the system chose.
         server._tornado._websocket_origins = {f"{host}:{server.port}" for host in hosts}
@@ -130,9 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         port = _free_port(given.address, given.port)
         server = make_server(port=port, address=given.address, root=given.root, threads=given.num_threads)
     except OSError as error:
-        _say(
-            f"The pages cannot be served at {given.address}, port {given.port}: {error}. Choose others by --address and --port."
-        )
+        where = f"{given.address}, port {given.port}"
+        _say(f"The pages cannot be served at {where}: {error}. Choose others by --address and --port.")
         return 1
     if port != given.port:
         _say(f"Port {given.port} is taken; using {port}." if given.port else f"Using the free port {port}.")

@@ -18,6 +18,7 @@ from orthokit.lab.fit import fit
 from orthokit.lab.models import SmallCNN, TinyGPT
 from orthokit.lab.runs import Run
 from orthokit.lab.tasks import image_classification, language_modelling
+from orthokit.matrices import matrices
 from orthokit.optim import for_model
 
 __all__ = ["RANK", "Curves", "LiveRun", "load"]
@@ -163,7 +164,7 @@ class LiveRun:
                 model = TinyGPT(chosen["model"], seed=chosen["seed"])
             optimizer = _optimizer(model, chosen)
             self.monitor = Monitor(
-                model, optimizer, every=_LOOK_EVERY, budget=chosen["budget"], rank=RANK, max_matrices=_MATRICES
+                model, optimizer, every=_LOOK_EVERY, budget=chosen["budget"], rank=RANK, matrices=_watched(model)
             )
             self.status, self._began = "running", time.perf_counter()
             run = fit(
@@ -196,6 +197,13 @@ def _optimizer(model: torch.nn.Module, chosen: dict[str, Any]) -> torch.optim.Op
             model.parameters(), lr=chosen["lr"], betas=(chosen["momentum"], 0.95), weight_decay=0.0
         )
     return for_model(model, "muon", lr=chosen["lr"], momentum=chosen["momentum"], order=chosen["order"])
+
+
+def _watched(model: torch.nn.Module) -> list[str]:
+    """Some matrices, evenly spread through the model: a look has to fit into the budget of a small step."""
+    names = [str(name) for name in matrices(model).parameters()]
+    places = np.linspace(0, len(names) - 1, min(len(names), _MATRICES)).round().astype(int)
+    return [names[place] for place in places]
 
 
 def _reserve(root: Path, name: str) -> str:

@@ -77,8 +77,8 @@ class TrainingState(Settings):
         0.15,
         bounds=(0.01, 0.5),
         step=0.01,
-        label="Monitor's share of the time",
-        doc="It looks less often to stay within.",
+        label="Monitor's share",
+        doc="Of the training time; it looks less often to keep it.",
     )
 
     SETTINGS = ("optimizer", "order", "momentum", "lr", "model", "data", "steps", "seed", "budget")
@@ -251,7 +251,7 @@ class TrainingState(Settings):
         found = {}
         for chart, quantity in (("gap", "gap"), ("quantity", view.quantity)):
             series = {name: curves[name].get(view.matrix, quantity) for name in shown}
-            series = {name: pair for name, pair in series.items() if pair[0]}
+            series = series if any(pair[0] for pair in series.values()) else {}
             key = (quantity, view.matrix, *((name, len(pair[0])) for name, pair in series.items()))
             found[chart] = self._cached(
                 chart,

@@ -17,9 +17,8 @@ __all__ = ["TrainingPage"]
 _EXPLANATION = """
 A small model trains in the background, and a monitor looks at its matrices within the share of the time you grant it.
 Muon moves each hidden matrix along the orthogonalised momentum,
-<math><mi>W</mi><mo>←</mo><mi>W</mi><mo>−</mo><mi>η</mi><mi>polar</mi><mo>(</mo><mi>M</mi><mo>)</mo></math>,
-where
-<math><mi>polar</mi><mo>(</mo><mi>U</mi><mi>Σ</mi><msup><mi>V</mi><mo>⊤</mo></msup><mo>)</mo><mo>=</mo><mi>U</mi><msup><mi>V</mi><mo>⊤</mo></msup></math>
+<span class="formula"><i>W</i> ← <i>W</i> − <i>η</i> polar(<i>M</i>)</span>, where
+<span class="formula">polar(<i>U</i>Σ<i>V</i><sup>T</sup>) = <i>UV</i><sup>T</sup></span>
 gives all directions the same step. Watch the singular values of the weight or of the momentum, the gap of the momentum,
 and how far the neurons are from an even spread. Every run is recorded: tick earlier ones, also those of notebooks, to
 draw them over each other.
@@ -49,7 +48,7 @@ class TrainingPage(Page[TrainingState]):
         for name in sorted(settings, key=lambda name: [*state.SETTINGS, name].index(name)):
             setattr(state, name, read(state, name, settings[name]))
         self.facts = Facts()
-        self.charts = {name: Chart(plot_height=236) for name in _TITLES}
+        self.charts = {name: Chart(plot_height=222) for name in _TITLES}
         self.table = RunTable(heard=self._heard, folder=str(state.root))
         self.view = Form(heard=self._viewed, label="What the charts show", fields=describe(state.view))
         self._was = ""
@@ -89,6 +88,7 @@ class TrainingPage(Page[TrainingState]):
         self.status.text = "\n".join([found["sentence"], *map(_sentence, found["notes"])])
         self.table.rows = found["rows"]
         self._show_view()
+        self.hurry = found["status"] in ("preparing", "stopping")
         return state.active or state.worker.job is not None
 
     def problems(self) -> list[str]:
