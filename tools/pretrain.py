@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=1 python tools/pretrain.py --steps 6000
 
 Resumes after an interruption. Writes ``orthokit/assets/tinygpt_addresses/``: ``model.safetensors``, ``record.json``
-(configuration, command, figures) and ``curve.csv`` (training loss every 20 steps, validation every 500).
+(configuration, command, figures), ``curve.csv`` (training loss every 20 steps, validation every 500) and the hashes of
+all three in ``PROVENANCE.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +21,8 @@ from safetensors.torch import save_file
 from orthokit.lab import Run, TinyGPT, fit, language_modelling
 from orthokit.optim import for_model
 
-TARGET = Path(__file__).parents[1] / "orthokit" / "assets" / "tinygpt_addresses"
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "orthokit" / "assets" / "tinygpt_addresses"
 
 
 def train(steps: int, size: str, root: Path) -> tuple[TinyGPT, Run]:
@@ -62,13 +65,28 @@ def export(model: TinyGPT, run: Run, steps: int, size: str) -> None:
         "hours": round(float(wall.iloc[-1] - wall.iloc[0]) / 3600, 2),
     }
     (TARGET / "record.json.tmp").write_text(json.dumps(record, indent=1) + "\n")
+    shutil.copy(ROOT / "LICENSE", TARGET / "LICENCE.txt")
     steps_seen, loss = run.series("loss")
     rows = [f"{s},training_loss_nats,{v:.5f}" for s, v in zip(steps_seen, loss, strict=True)]
     rows += [f"{s},validation_bits_per_byte,{v:.5f}" for s, v in zip(at, bits, strict=True)]
     (TARGET / "curve.csv.tmp").write_text("step,quantity,value\n" + "\n".join(rows) + "\n")
     for name in ("model.safetensors", "record.json", "curve.csv"):
         shutil.move(TARGET / f"{name}.tmp", TARGET / name)
+        (TARGET / name).chmod(0o644)
+    described = {
+        "asset": "tinygpt_addresses",
+        "description": "TinyGPT trained on the training split of the addresses; how is in record.json",
+        "licence": "Apache-2.0",
+        "built_by": "tools/pretrain.py",
+        "files": {name: _described(TARGET / name) for name in ("model.safetensors", "record.json", "curve.csv")},
+    }
+    (TARGET / "PROVENANCE.json").write_text(json.dumps(described, indent=1) + "\n")
     print(f"{TARGET}: {bits[-1]:.3f} bits per byte on validation after {steps} steps")
+
+
+def _described(path: Path) -> dict[str, object]:
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def main() -> None:

@@ -118,9 +118,15 @@ def gap_heatmap(
         [trace | bar | colour | hover],
         title=title,
         caption=f"Largest {name} {number(values[top])} {where[0]}; smallest {number(values[bottom])} {where[1]}.",
-        xaxis=axis("momentum β", type="category", showgrid=False),
-        yaxis=axis("noise level σ", type="category", showgrid=False),
+        xaxis=axis("momentum β", type="category", showgrid=False, **_some_ticks(betas)),
+        yaxis=axis("noise level σ", type="category", showgrid=False, **_some_ticks(sigmas)),
     )
+
+
+def _some_ticks(values: np.ndarray, *, most: int = 11) -> dict[str, Any]:
+    """Labels for evenly chosen cells, first and last among them: one for every cell would not be readable."""
+    chosen = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+    return {"tickmode": "array", "tickvals": [number(float(values[i])) for i in chosen], "tickangle": 0}
 
 
 def _second_axis() -> dict[str, Any]:

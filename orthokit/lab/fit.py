@@ -86,7 +86,7 @@ def fit(
         on_step: Called as ``on_step(step, loss)`` after each step.
 
     Returns:
-        The run, closed for writing: ``status`` is ``"finished"`` or ``"interrupted"``.
+        The run, closed for writing: ``status`` is ``"finished"``, or ``"interrupted"`` after ``stop``.
 
     Raises:
         OptionError: A number out of range, or ``resume`` without a name.
@@ -107,7 +107,8 @@ def fit(
 
     Numerics:
         ``"auto"`` takes bfloat16 autocast on CUDA, and on a CPU that multiplies it fast when some matrix is at least
-        384 wide. Ctrl-C ends the run at the next step boundary; a second Ctrl-C at once.
+        384 wide. Ctrl-C saves a checkpoint at the next step boundary and then raises ``KeyboardInterrupt``; a second
+        one raises at once.
     """
     _check_counts(steps=steps, evaluate_every=evaluate_every, log_every=log_every, checkpoint_every=checkpoint_every)
     if clip is not None and not clip > 0:
@@ -344,15 +345,19 @@ def _interruptible(stop: threading.Event | None) -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into a request to stop at the next step boundary.
 
     An interrupt in the middle of an update would leave a half-updated model; the boundary is at most one step away.
+    There the interrupt is raised after all: whoever called must not go on as if the run were complete.
     """
     stopping = stop if stop is not None else threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
+    asked = False
 
     def ask(number: int, frame: object) -> None:
-        if stopping.is_set():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
+        asked = True
         stopping.set()
 
     before = signal.signal(signal.SIGINT, ask)
@@ -360,3 +365,5 @@ def _interruptible(stop: threading.Event | None) -> Iterator[threading.Event]:
         yield stopping
     finally:
         signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt("stopped at a step boundary; fit(..., resume=True) goes on from there")

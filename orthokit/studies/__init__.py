@@ -20,7 +20,14 @@ from orthokit.studies.pipelines import (
     train_pipeline,
 )
 from orthokit.studies.probe import Probe, alignments, measure_probe, pipeline_lead, probe_along_training
-from orthokit.studies.synthetic import BETAS, PUBLISHED_RANK_3, SYNTHETIC_GAP, compare_with_published, measure_gap
+from orthokit.studies.synthetic import (
+    BETAS,
+    PUBLISHED_RANK_3,
+    SYNTHETIC_GAP,
+    compare_with_published,
+    measure_gap,
+    side_by_side,
+)
 
 __all__ = [
     "BETAS",
@@ -48,6 +55,7 @@ __all__ = [
     "race",
     "rate_curves",
     "run",
+    "side_by_side",
     "spread_on_sphere",
     "train_pipeline",
 ]

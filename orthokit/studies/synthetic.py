@@ -13,7 +13,7 @@ from orthokit.studies._engine import Study
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BETAS", "PUBLISHED_RANK_3", "SYNTHETIC_GAP", "compare_with_published", "measure_gap"]
+__all__ = ["BETAS", "PUBLISHED_RANK_3", "SYNTHETIC_GAP", "compare_with_published", "measure_gap", "side_by_side"]
 
 # 38 values from 0 to 0.995 as published; the published spacing is not given, this one is denser where curves bend.
 BETAS: tuple[float, ...] = tuple(
@@ -117,3 +117,19 @@ def compare_with_published(table: pd.DataFrame) -> pd.DataFrame:
             ours = float(chosen.loc[beta, name])  # type: ignore[arg-type]
             rows.append({"beta": beta, "k": k, "published": value, "ours": ours, "deviation": abs(ours / value - 1)})
     return pd.DataFrame(rows)
+
+
+def side_by_side(compared: pd.DataFrame) -> pd.DataFrame:
+    """The comparison as people read it: a row a momentum, published and ours next to each other.
+
+    Args:
+        compared: The result of :func:`compare_with_published`.
+
+    Returns:
+        Columns ``σ₁`` ... ``σ₄`` of text ``"published / ours"``, indexed by momentum.
+    """
+    cells = [f"{p:.2f} / {o:.2f}" for p, o in zip(compared["published"], compared["ours"], strict=True)]
+    names = ["σ₁", "σ₂", "σ₃", "σ₄"]
+    wide = compared.assign(cell=cells).pivot(index="beta", columns="k", values="cell")
+    wide.columns = names
+    return wide.rename_axis(index="β")

@@ -10,9 +10,9 @@ import param
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orthokit_widgets.fields import Settings, describe, read, read_query, write_query
 
 from orthokit.errors import OptionError, UnknownNameError
-from orthokit_widgets.fields import Settings, describe, read, read_query, write_query
 
 
 class Example(Settings):

@@ -6,13 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from orthokit_widgets import momentum_state
+from orthokit_widgets.momentum_data import BETAS, CURVE, PUBLISHED_GAPS, STEPS
+from orthokit_widgets.momentum_state import MomentumState
 
 from orthokit.diagnostics.momentum import alignment, momentum_buffers, pipelines, spectral_gap
 from orthokit.diagnostics.synthetic import SignalPlusPerturbation, published_strengths
 from orthokit.linalg import polar
-from orthokit_widgets import momentum_state
-from orthokit_widgets.momentum_data import BETAS, CURVE, PUBLISHED_GAPS, STEPS
-from orthokit_widgets.momentum_state import MomentumState
 
 
 def stream(state: MomentumState) -> SignalPlusPerturbation:

@@ -415,7 +415,9 @@ class TestStopping:
 
             return on_step
 
-        run = quick(model, Regression(), optimizer, root=tmp_path, run="one", on_step=interrupt(1))
+        with pytest.raises(KeyboardInterrupt, match="stopped at a step boundary"):
+            quick(model, Regression(), optimizer, root=tmp_path, run="one", on_step=interrupt(1))
+        run = Run.open("one", root=tmp_path)
         assert run.status == "interrupted" and run.checkpoints()[-1][0] == 3
         with pytest.raises(KeyboardInterrupt):
             quick(model, Regression(), optimizer, root=tmp_path, run="two", on_step=interrupt(2))
@@ -480,7 +482,7 @@ class TestOtherProcesses:
         wait_for_step(process, tmp_path, 5)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        assert process.returncode == 0 or "KeyboardInterrupt: stopped at a step boundary" in errors
         run = Run.open("killed", root=tmp_path)
         # A machine that was faster than the signal has finished; then there is nothing to resume.
         assert run.status == "interrupted" or run.last_step == 120

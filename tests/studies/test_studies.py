@@ -55,7 +55,14 @@ def test_the_recorded_race_has_every_pipeline_rate_and_seed():
 
 def test_best_rates_curves_and_final_values_of_a_small_race(tmp_path):
     race = studies.race(
-        {"pre": 1e-2, "none": 2e-3}, seeds=[0, 1], steps=4, batch=2, context=16, windows=4, evaluations=2, progress=False
+        {"pre": 1e-2, "none": 2e-3},
+        seeds=[0, 1],
+        steps=4,
+        batch=2,
+        context=16,
+        windows=4,
+        evaluations=2,
+        progress=False,
     )
     assert studies.best_lr(race) == {"pre": 1e-2, "none": 2e-3}
     finals = studies.final_values(race)

@@ -22,7 +22,15 @@ _FOREIGN = ("bokeh-", "theme", "token")
 
 
 class Settings(param.Parameterized):
-    """Base of a page's state: which parameters are settings, and how they look."""
+    """Base of a page's state: which parameters are settings, and how they look.
+
+    Args:
+        **settings: Settings to start from.
+
+    Raises:
+        OptionError: A setting out of range; the message names the range.
+        UnknownNameError: No such setting.
+    """
 
     #: Names of the settings, in the order of their controls.
     SETTINGS: tuple[str, ...] = ()
@@ -34,6 +42,16 @@ class Settings(param.Parameterized):
     SEGMENTS: ClassVar[Mapping[str, Mapping[Any, str]]] = {}
     #: Words for the choices of a list.
     WORDS: ClassVar[Mapping[str, Mapping[Any, str]]] = {}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.set(settings)
+
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Change settings in the order of their controls: what can be chosen may depend on those above."""
+        order = [*self.SETTINGS, *settings]
+        for name in sorted(settings, key=order.index):
+            setattr(self, name, read(self, name, settings[name]))
 
     def values(self) -> dict[str, Any]:
         """Name to value of every setting."""

@@ -62,8 +62,8 @@ class MomentumState(Settings):
         "noise": {"iid": "Gaussian", "arch": "ARCH"},
     }
 
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.worker = Worker(self._keep, self._fail)
         #: Milliseconds of the last :meth:`snapshot`.
         self.last_ms = 0.0

@@ -7,7 +7,6 @@ from typing import Any
 import panel as pn
 
 from orthokit_widgets.components import Chart, Facts
-from orthokit_widgets.fields import read
 from orthokit_widgets.momentum_state import MomentumState
 from orthokit_widgets.page import Page, columns, stack
 
@@ -48,8 +47,7 @@ class MomentumPage(Page[MomentumState]):
     """
 
     def __init__(self, *, links: bool = False, **settings: Any) -> None:
-        state = MomentumState()
-        state.param.update(**{name: read(state, name, value) for name, value in settings.items()})
+        state = MomentumState(**settings)
         self.facts = Facts()
         heights = {"spectrum": 245, "arrows": 205, "gap": 542}
         self.charts = {name: Chart(plot_height=height) for name, height in heights.items()}

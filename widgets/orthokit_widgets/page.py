@@ -66,7 +66,7 @@ class Page(Viewer, Generic[State]):
         self.address = Address(active=self._served())
         self._problems: list[str] = []
         self._callback: Any = None
-        self._session: Any = None
+        self._context: Any = None
         self._lonely = 0
         #: Look more often: somebody waits for an answer.
         self.hurry = False
@@ -134,7 +134,9 @@ class Page(Viewer, Generic[State]):
             self._callback = None
 
     def _tick(self) -> None:
-        seen = self._session is None or self._session.connection_count > 0
+        # The context knows its session only after the page was made.
+        session = getattr(self._context, "session", None)
+        seen = session is None or session.connection_count > 0
         self._lonely = 0 if seen else self._lonely + 1
         if self._lonely > _PATIENCE:
             self.close()
@@ -152,7 +154,7 @@ class Page(Viewer, Generic[State]):
         if pn.state.location is not None:
             self._problems = read_query(self.state, pn.state.location.search or "")
         self.form.values = self.state.values()
-        self._session = getattr(getattr(pn.state.curdoc, "session_context", None), "session", None)
+        self._context = getattr(pn.state.curdoc, "session_context", None)
         pn.state.on_session_destroyed(lambda context: self.close())
 
     def _heard(self, message: dict[str, Any]) -> None:

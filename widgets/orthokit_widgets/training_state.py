@@ -62,7 +62,7 @@ class TrainingState(Settings):
 
     Args:
         root: Folder of runs; default ``$ORTHOKIT_RUNS``, else ``./runs``.
-        **params: Settings.
+        **settings: Settings to start from.
     """
 
     optimizer = param.Selector(default="muon", objects=["muon", "adamw"], label="Optimizer")
@@ -98,8 +98,8 @@ class TrainingState(Settings):
         },
     }
 
-    def __init__(self, *, root: str | Path | None = None, **params: Any) -> None:
-        super().__init__(**params)
+    def __init__(self, *, root: str | Path | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
         self.root = runs_root(root)
         self.view = ViewSettings()
         self.worker = Worker(self._keep, self._fail)
@@ -321,7 +321,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
         "steps": "" if run["steps"] is None or run["steps"] != run["steps"] else str(run["steps"]),
         "loss": word("last.loss", "{:.3f}"),
         "created": created.strftime("%d %b %H:%M") if hasattr(created, "strftime") and created == created else "",
-        "error": run["error"] or "",
+        "error": word("error"),
         "chosen": False,
         "drawable": run["status"] != "damaged",
     }

@@ -44,9 +44,7 @@ class TrainingPage(Page[TrainingState]):
     """
 
     def __init__(self, *, links: bool = False, root: str | Path | None = None, **settings: Any) -> None:
-        state = TrainingState(root=root)
-        for name in sorted(settings, key=lambda name: [*state.SETTINGS, name].index(name)):
-            setattr(state, name, read(state, name, settings[name]))
+        state = TrainingState(root=root, **settings)
         self.facts = Facts()
         self.charts = {name: Chart(plot_height=222) for name in _TITLES}
         self.table = RunTable(heard=self._heard, folder=str(state.root))

@@ -52,7 +52,8 @@ export function render({ model, el }) {
       min: log ? 0 : field.min, max: log ? 200 : field.max, step: log ? 1 : field.step,
       "aria-describedby": field.help ? `${id}-${field.name}-help` : null,
     });
-    const output = make("output", { for: input.id });
+    // Not an <output>: that announces itself, and aria-valuetext already says the same.
+    const output = make("span", { class: "value", "aria-hidden": "true" });
     box.append(make("label", { for: input.id }, field.label), output, input);
     const say = (value) => {
       output.textContent = shown(field, value);

@@ -1,0 +1,30 @@
+"""The README says what is true: its example prints what it shows, and it lists every notebook."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from orthokit.reports import find_notebooks
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_the_example_prints_the_output_shown():
+    code, shown = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", TEXT, re.DOTALL).groups()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue() == shown
+
+
+def test_every_notebook_is_listed():
+    listed = re.findall(r"\[`(\d\d_\w+)`\]\(notebooks/\1\.ipynb\)", TEXT)
+    assert listed == sorted(find_notebooks())
+
+
+def test_every_picture_and_link_into_the_project_exists():
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT)
+    assert targets
+    assert [t for t in targets if not (ROOT / t).exists()] == []

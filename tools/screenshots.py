@@ -1,0 +1,69 @@
+"""Take the pictures of the README: the Momentum gap page, and the index of a report.
+
+    python tools/screenshots.py --report reports/2026-11-22
+
+Needs the ``dev`` extra and Chromium. Writes ``docs/momentum.png`` and, with ``--report``, ``docs/report.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from orthokit.figures import browser_path
+
+DOCS = Path(__file__).parents[1] / "docs"
+PORT = 5077
+
+
+def wait_for(url: str, seconds: float = 60.0) -> None:
+    """Return once the server answers."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.3)
+
+
+def momentum(page: Page) -> None:
+    """The page with its settings in the address."""
+    page.goto(f"http://127.0.0.1:{PORT}/momentum?beta=0.9")
+    page.get_by_text("Up to date").wait_for()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=DOCS / "momentum.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    DOCS.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "orthokit.cli", "dash", "--port", str(PORT), "--no-open"]
+    server = subprocess.Popen(command)
+    try:
+        wait_for(f"http://127.0.0.1:{PORT}/")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1400, "height": 900})
+            momentum(page)
+            if arguments.report:
+                page.goto((arguments.report.resolve() / "index.html").as_uri())
+                page.screenshot(path=DOCS / "report.png")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+if __name__ == "__main__":
+    main()
