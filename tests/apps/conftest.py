@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,33 @@ def end(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="session")
+def started() -> Iterator[Callable[..., str]]:
+    """Starts servers, as :func:`start` does, and gives the line they answered with; all end with the tests."""
+    processes = []
+
+    def launch(*arguments: Any, **options: Any) -> str:
+        process, line = start(*arguments, **options)
+        processes.append(process)
+        return line
+
+    yield launch
+    for process in processes:
+        end(process)
+
+
+@pytest.fixture(scope="session")
 def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of runs of the server."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="session")
-def server(runs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(started: Callable[..., str], runs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of ``orthokit dash`` in its own process, ending with a slash."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = ["-m", "orthokit_widgets.serve", "--port", "0", "--root", str(runs_folder)]
-    process, line = start(command, log, "Live pages at")
+    line = started(command, log, "Live pages at")
     yield line.split("Live pages at ")[1].split(" ")[0]
-    end(process)
     assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
 
 

@@ -1,4 +1,4 @@
-"""Every notebook of the project runs at its smallest size, through the runner that users run, and records its claims."""
+"""Every notebook runs at its smallest size, through the runner that users run, and records its claims."""
 
 import pytest
 
