@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orthokit.errors import DtypeError, NonFiniteError, ShapeError
 
-__all__ = ["check_finite", "check_matrix", "working_dtype"]
+__all__ = ["check_finite", "check_matrix", "check_square", "working_dtype"]
 
 
 def check_matrix(X: Tensor, *, name: str = "W") -> None:
@@ -16,6 +16,12 @@ def check_matrix(X: Tensor, *, name: str = "W") -> None:
         raise ShapeError(f"{name} must have at least 2 dimensions (..., out, in); got shape {tuple(X.shape)}.")
     if not (X.is_floating_point() or X.is_complex()):
         raise DtypeError(f"{name} must be floating or complex; got {X.dtype}. Convert it with .float() first.")
+
+
+def check_square(X: Tensor, *, name: str = "X") -> None:
+    """Raise unless the last two dimensions of ``X`` are equal."""
+    if X.ndim < 2 or X.shape[-1] != X.shape[-2]:
+        raise ShapeError(f"{name} must be square, shape (..., b, b); got {tuple(X.shape)}.")
 
 
 def check_finite(X: Tensor, *, name: str = "W") -> None:

@@ -114,9 +114,14 @@ def watched(browser: Any) -> Iterator[Any]:
         if not request.url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "http://localhost", "data:", "blob:")):
             external.append(request.url)
 
+    def heard(message: Any) -> None:
+        if message.type == "error":
+            errors.append(f"console: {message.text} ({message.location.get('url', '')})")
+
     page.on("request", seen)
     page.on("pageerror", lambda error: errors.append(f"page: {error}"))
-    page.on("console", lambda message: errors.append(f"console: {message.text}") if message.type == "error" else None)
+    page.on("console", heard)
+    page.on("response", lambda answer: errors.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
     page.external, page.errors = external, errors
     yield page
     context.close()

@@ -101,6 +101,20 @@ def test_a_bad_value_in_the_address_is_told_and_the_page_works(
     watched.get_by_role("heading", level=1).wait_for()
 
 
+def test_a_bad_value_in_a_control_is_told_and_put_back(watched: Any, server: str) -> None:
+    open_training(watched, server)
+    steps = watched.get_by_label("Steps")
+    for bad in ("7", "", "1e9"):
+        steps.fill(bad)
+        steps.press("Tab")
+        watched.get_by_role("alert").get_by_text("Steps must be a number from 20 to 5000; got").wait_for()
+        watched.wait_for_function("e => e.value === '5000'", arg=steps.element_handle())
+    steps.fill("30")
+    steps.press("Tab")
+    watched.get_by_role("alert").wait_for(state="hidden")
+    assert query(watched)["steps"] == ["30"]
+
+
 def test_start_pause_resume_stop(watched: Any, server: str) -> None:
     open_training(watched, server)
     start, pause, stop = (watched.get_by_role("button", name=name) for name in ("Start", "Pause", "Stop"))

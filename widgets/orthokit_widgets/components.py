@@ -57,6 +57,7 @@ class Form(Part):
     fields = param.List([], doc="Descriptions of the controls, as orthokit_widgets.fields.describe() makes them.")
     values = param.Dict({}, doc="Name to value shown.")
     disabled = param.List([], doc="Names that cannot be changed now.")
+    answered = param.Boolean(False, doc="Whether the browser's first message has been heard.")
     actions = param.List([], doc="Buttons: name, label, primary, disabled.")
 
     _esm = _read("form.js")

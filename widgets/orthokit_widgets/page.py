@@ -67,7 +67,7 @@ class Page(Viewer, Generic[State]):
         self._problems: list[str] = []
         self._callback: Any = None
         self._context: Any = None
-        self._lonely = 0
+        self._lonely = self._refused = 0
         #: Look more often: somebody waits for an answer.
         self.hurry = False
         self._read_address()
@@ -114,13 +114,16 @@ class Page(Viewer, Generic[State]):
 
     def repaint(self) -> None:
         """Show what is known now, and keep looking while a thread is at work."""
-        with pn.io.hold():
+        # In a notebook nothing would be sent at the end of the hold.
+        with pn.io.hold() if self._context is not None else contextlib.nullcontext():
             more = self.paint()
             self.alert.text = "\n".join([*self._problems, *self.problems()])
             self.address.query = write_query(self.state)
         if self._callback is not None:
             self._callback.period = _SOON if self.hurry else _PERIOD
-        if more and self._callback is None:
+        # In a notebook, what is sent before the browser has drawn the page is lost and can put the channel out of step.
+        drawn = self._context is not None or self.form.answered
+        if more and drawn and self._callback is None:
             with contextlib.suppress(RuntimeError):  # outside of a server and a notebook nothing can call back
                 self._callback = pn.state.add_periodic_callback(self._tick, period=_PERIOD, start=True)
         elif not more and self._callback is not None:
@@ -171,7 +174,9 @@ class Page(Viewer, Generic[State]):
             value = read(self.state, name, text)
         except OrthokitError as error:
             self._problems = [f"{error} It stays at {getattr(self.state, name, '')}."]
-            self.form.param.trigger("values")
+            # The browser looks again only at values that differ: the control shows the refused one.
+            self._refused += 1
+            self.form.values = self.state.values() | {"": self._refused}
             return
         self._problems = []
         setattr(self.state, name, value)
@@ -180,6 +185,7 @@ class Page(Viewer, Generic[State]):
 
     def _resend(self) -> None:
         """The browser has just drawn the page: what was sent before may be lost."""
+        self.form.answered = True
         for part in self._layout.select(Part):
             if isinstance(part, Part):
                 part.resend()

@@ -162,6 +162,12 @@ export function render({ model, el }) {
   model.on("values", update);
   model.on("disabled", enable);
   model.on("actions", act);
-  // In a notebook, what the server sent before this moment is lost: ask for all of it.
-  model.send_msg({ ready: true });
+  // In a notebook, what the server sent before its channel to this page stood is lost: ask until an answer comes.
+  let asked = 0;
+  const ask = () => {
+    if (model.answered || asked++ > 60) return;
+    model.send_msg({ ready: true });
+    setTimeout(ask, 500);
+  };
+  ask();
 }
