@@ -50,8 +50,11 @@ def singular_values(W: Num[Tensor, "*batch out in"], *, method: str = "svd") -> 
         return torch.zeros(*W.shape[:-2], min(W.shape[-2:]), dtype=work.abs().dtype, device=W.device)
     if method == "svd":
         return torch.linalg.svdvals(work)
+    # Squares of large finite entries would overflow: the largest is brought to 1 first.
+    scale = work.abs().amax(dim=(-2, -1), keepdim=True)
+    work = work / torch.where(scale > 0, scale, torch.ones_like(scale))
     gram = work @ work.mH if W.shape[-2] <= W.shape[-1] else work.mH @ work
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(-1)
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(-1) * scale[..., 0]
 
 
 def top_singular_value(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orthokit_widgets import _charts
 from orthokit_widgets.components import Chart
+from orthokit_widgets.training_view import _said
 
 numbers = st.lists(st.floats(-1e3, 1e3) | st.just(float("nan")), min_size=1, max_size=60)
 
@@ -37,6 +38,8 @@ def test_a_long_run_is_sent_as_at_most_a_thousand_points() -> None:
     figure = _charts.losses({"run": (steps, 1 / steps)})
     assert len(figure["data"][0]["x"]) <= 1000
     assert figure["data"][0]["x"][-1] == 5000
+    seven = _charts.losses({f"run {k}": (steps, 1 / steps) for k in range(7)})
+    assert sum(len(trace["x"]) for trace in seven["data"]) <= 1500
     assert figure["layout"]["meta"]["caption"].endswith("Each point is the mean of 125 steps.")
 
 
@@ -93,3 +96,10 @@ def test_a_chart_sends_question_answer_and_data_and_an_empty_one_says_why() -> N
     assert "title" not in sent["layout"]
     chart.show(None, title="Loss", empty="Press Start.")
     assert json.loads(chart.figure)["message"] == "Press Start."
+
+
+def test_of_the_monitor_s_periods_only_the_latest_is_said() -> None:
+    notes = ["looking every 9 steps instead of 5", "gap is not measured", "looking every 5 steps again"]
+    assert _said(notes) == ["Monitor: gap is not measured.", "Monitor: looking every 5 steps again."]
+    # The same sentence twice is the same news.
+    assert _said([notes[0], notes[2], notes[0]]) == [f"Monitor: {notes[0]}."]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import doctest
 import socket
+import subprocess
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from orthokit_widgets import _charts, serve
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
+
+from orthokit.lab.runs import runs
 
 
 class Loop:
@@ -114,6 +118,38 @@ def test_only_pages_of_this_server_may_open_its_sockets(server: str) -> None:
     # In a thread of its own: a browser of other tests may keep an event loop running in this one.
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(lambda: asyncio.run(status("http://elsewhere.example"))).result(60) == 403
+
+
+KILLED = """
+import sys, threading, time
+from orthokit_widgets import serve, training_run
+
+settings = dict(optimizer="muon", order="pre", momentum=0.9, lr=0.01, model="cnn", data="digits", seed=0, budget=0.1)
+run = training_run.LiveRun(settings | {"steps": 100_000}, sys.argv[1])
+
+def wait():
+    while run.step < 3:
+        time.sleep(0.05)
+    print("training", flush=True)
+
+threading.Thread(target=wait, daemon=True).start()
+raise SystemExit(serve.main(["--port", "0"]))
+"""
+
+
+def test_a_killed_server_leaves_its_runs_resumable(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = ""
+        while "training" not in said or "Live pages" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.terminate()
+        assert "Ended." in process.stdout.read()
+        assert process.wait(60) == 0
+    assert runs(tmp_path)["status"].tolist() == ["interrupted"]
 
 
 @pytest.mark.parametrize("module", [orthokit_widgets, _charts])

@@ -159,3 +159,10 @@ def test_vectors_and_integers_are_refused():
             call(randn(4))
         with pytest.raises(DtypeError):
             call(torch.ones(3, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_gram_route_survives_entries_whose_squares_do_not_fit(size):
+    W = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
+    found = singular_values(size * W, method="gram") / size
+    assert torch.allclose(found, singular_values(W), rtol=1e-4)

@@ -11,10 +11,10 @@ import numpy as np
 from orthokit.figures import loss_curves, projection_arrows, scalar_history, spectrum_heatmap
 from orthokit_widgets.training_run import RANK
 
-__all__ = ["arrows", "history", "live_spectrum", "losses", "short", "smooth", "thin"]
+__all__ = ["arrows", "history", "live_spectrum", "losses", "most", "short", "smooth", "thin"]
 
-#: Most points of a line: more cost the browser time and show nothing.
-MAX_POINTS = 1000
+#: Most points of a line, and of all lines of a chart together: more cost time and show nothing.
+MAX_POINTS, MAX_TOTAL = 1000, 1500
 # A picture of at most this many cells: 5 a second have to be drawn.
 _COLUMNS, _ROWS = 120, 64
 _DECADES = 2.5
@@ -52,11 +52,16 @@ def short(names: list[str]) -> list[str]:
     return ["-".join(part) for part in parts]
 
 
-def thin(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``most`` points, the first and the last among them."""
-    if len(steps) <= most:
+def most(lines: int) -> int:
+    """Most points of each of so many lines."""
+    return min(MAX_POINTS, max(150, MAX_TOTAL // lines))
+
+
+def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``limit`` points, the first and the last among them."""
+    if len(steps) <= limit:
         return steps, values
-    chosen = np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(steps) - 1, limit).round().astype(int))
     return steps[chosen], values[chosen]
 
 
@@ -95,7 +100,7 @@ def losses(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any
     """
     window = max(1, max(len(steps) for steps, _ in curves.values()) // 40)
     pairs = zip(short(list(curves)), curves.values(), strict=True)
-    lines = {name: thin(steps, smooth(values, window)) for name, (steps, values) in pairs}
+    lines = {name: thin(steps, smooth(values, window), most(len(curves))) for name, (steps, values) in pairs}
     figure = loss_curves(lines, ylabel="training loss (nats)", title="How fast does the loss fall?")
     if window > 1:
         figure["layout"]["meta"]["caption"] += f" Each point is the mean of {window} steps."
@@ -117,10 +122,15 @@ def history(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, quan
     pairs = {
         name: pair if pair[0] else missing for name, pair in zip(short(list(series)), series.values(), strict=True)
     }
-    lines = {name: thin(np.asarray(steps), np.asarray(values, dtype=float)) for name, (steps, values) in pairs.items()}
+    limit = most(len(pairs))
+    lines = {name: thin(np.asarray(at), np.asarray(values, dtype=float), limit) for name, (at, values) in pairs.items()}
     positive = all((values[np.isfinite(values)] > 0).all() for _, values in lines.values())
     figure = scalar_history(lines, ylabel=label, title=question, log=quantity == "gap" and positive)
     figure["layout"]["yaxis"]["exponentformat"] = "power"
+    if any("marker" not in trace for trace in figure["data"]):  # a long line has none: all alike
+        for trace in figure["data"]:
+            trace["mode"] = "lines"
+            trace.pop("marker", None)
     return figure
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", default=None, help="folder of runs ($ORTHOKIT_RUNS, else ./runs)")
     parser.add_argument("--num-threads", type=int, default=4, help="threads that answer (%(default)s)")
     given = parser.parse_args(argv)
+    from orthokit_widgets.training_run import stop_all
+
     if not 0 <= given.port <= 65535:
         parser.error(f"--port must lie in 0 to 65535; got {given.port}.")
     if given.num_threads < 1:
@@ -131,8 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         import webbrowser
 
         server.io_loop.call_later(0.2, lambda: webbrowser.open(url))
-    with contextlib.suppress(KeyboardInterrupt):
-        server.io_loop.start()
+    # A plain kill ends as Ctrl-C does: the runs under way are stopped, and resumable.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.io_loop.start()
+        stop_all()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _say("Ended.")
     return 0
 

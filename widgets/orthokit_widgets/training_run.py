@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from orthokit.lab.tasks import image_classification, language_modelling
 from orthokit.matrices import matrices
 from orthokit.optim import for_model
 
-__all__ = ["RANK", "Curves", "LiveRun", "load"]
+__all__ = ["RANK", "Curves", "LiveRun", "load", "stop_all"]
 
 #: The gap shown is that between this singular value of the momentum and the next.
 RANK = 5
@@ -33,6 +34,7 @@ _WINDOWS = 32
 
 _reserving = threading.Lock()
 _reserved: set[Path] = set()
+_all: weakref.WeakSet[LiveRun] = weakref.WeakSet()
 
 
 @dataclass
@@ -79,6 +81,7 @@ class LiveRun:
         self._seen = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._train, name=f"orthokit-{self.name}", daemon=True)
+        _all.add(self)
         self._thread.start()
 
     # --- the page's side
@@ -189,6 +192,16 @@ class LiveRun:
             ended = "failed"
         self.ended = time.perf_counter()
         self.status = ended
+
+
+def stop_all(timeout: float = 5.0) -> None:
+    """Stop every run of this process, so that each ends with a checkpoint; waits up to ``timeout`` seconds."""
+    runs = [run for run in _all if run.active]
+    for run in runs:
+        run.stop()
+    end = time.monotonic() + timeout
+    for run in runs:
+        run.join(max(0.0, end - time.monotonic()))
 
 
 def _optimizer(model: torch.nn.Module, chosen: dict[str, Any]) -> torch.optim.Optimizer:

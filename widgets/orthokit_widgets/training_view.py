@@ -83,7 +83,7 @@ class TrainingPage(Page[TrainingState]):
                 found["figures"][name], title="" if found["figures"][name] else _TITLES[name], empty=self._why(name)
             )
         self.facts.items = _facts(found, state)
-        self.status.text = "\n".join([found["sentence"], *map(_sentence, found["notes"])])
+        self.status.text = "\n".join([found["sentence"], *_said(found["notes"])])
         self.table.rows = found["rows"]
         self._show_view()
         self.hurry = found["status"] in ("preparing", "stopping")
@@ -160,8 +160,11 @@ class TrainingPage(Page[TrainingState]):
         self.view.values = self.state.view.values()
 
 
-def _sentence(note: str) -> str:
-    return f"Monitor: {note}."
+def _said(notes: list[str]) -> list[str]:
+    """The monitor's notes as sentences; of those on its period, which may come and go, only the latest."""
+    others = [note for note in notes if not note.startswith("looking every")]
+    latest = [note for note in notes if note.startswith("looking every")][-1:]
+    return [f"Monitor: {note}." for note in others + latest]
 
 
 def _facts(found: dict[str, Any], state: TrainingState) -> list[dict[str, str]]:
