@@ -19,7 +19,14 @@ from orthokit.studies.pipelines import (
     rate_curves,
     train_pipeline,
 )
-from orthokit.studies.probe import Probe, alignments, measure_probe, pipeline_lead, probe_along_training
+from orthokit.studies.probe import (
+    Probe,
+    alignments,
+    measure_probe,
+    pipeline_lead,
+    polar_alignment,
+    probe_along_training,
+)
 from orthokit.studies.synthetic import (
     BETAS,
     PUBLISHED_RANK_3,
@@ -51,6 +58,7 @@ __all__ = [
     "measure_probe",
     "names",
     "pipeline_lead",
+    "polar_alignment",
     "probe_along_training",
     "race",
     "rate_curves",

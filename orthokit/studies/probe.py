@@ -13,14 +13,22 @@ from torch import Tensor, nn
 
 from orthokit.diagnostics.momentum import alignment, beta_for_window, momentum_buffers, noise_suppression, pipelines
 from orthokit.diagnostics.subspace import subspace_error
+from orthokit.diagnostics.synthetic import SignalPlusPerturbation
 from orthokit.errors import OptionError
 from orthokit.lab.fit import fit
 from orthokit.lab.probes import stationary_gradients
 from orthokit.lab.tasks import Task
-from orthokit.linalg import singular_values
+from orthokit.linalg import polar, singular_values
 from orthokit.optim.muon import ORDERS
 
-__all__ = ["Probe", "alignments", "measure_probe", "pipeline_lead", "probe_along_training"]
+__all__ = [
+    "Probe",
+    "alignments",
+    "measure_probe",
+    "pipeline_lead",
+    "polar_alignment",
+    "probe_along_training",
+]
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,23 @@ def alignments(
     """
     trials = {order: [alignment(found[order], signal).expand(count) for found in directions] for order in ORDERS}
     return {order: torch.stack(rows) for order, rows in trials.items()}
+
+
+def polar_alignment(stream: SignalPlusPerturbation, *, count: int) -> float:
+    """The mean alignment of orthogonalised single gradients: what averaging after the polar factor converges to.
+
+    Args:
+        stream: A synthetic stream; take another seed than that of the averages it is compared with.
+        count: Gradients, ``>= 1``.
+
+    Returns:
+        The mean over the gradients.
+
+    Example:
+        >>> 0 < polar_alignment(SignalPlusPerturbation((10, 10), strengths=[3.0]), count=5) < 1
+        True
+    """
+    return float(alignment(polar(stream.gradients(count)), stream.signal).mean())
 
 
 def pipeline_lead(gradients: Float[Tensor, "count out in"], *, beta: float, signal: Float[Tensor, "out in"]) -> float:

@@ -87,11 +87,11 @@ class Page(Viewer, Generic[State]):
 
     def parts(self) -> list[pn.viewable.Viewable]:
         """The charts, from top to bottom."""
-        raise NotImplementedError
+        return []
 
     def paint(self) -> bool:
         """Show the state's snapshot; whether something is still going on that needs another look."""
-        raise NotImplementedError
+        return False
 
     def changed(self, name: str) -> None:
         """A setting has a new value; the page is repainted after this."""
