@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,29 +12,7 @@ from typing import Any
 
 import pytest
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 PATIENCE = 60_000  # ms; a wait is for a sentence on the page, never for a time
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Chromium without a window. Skips where there is none; a CI run without it fails."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        reason = "no Chromium on PATH: install it (apt-get install chromium) to drive the pages"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 def start(command: list[str], log: Path, sign: str, env: dict[str, str] | None = None) -> tuple[subprocess.Popen, str]:
@@ -104,8 +81,11 @@ def server(started: Callable[..., str], runs_folder: Path, tmp_path_factory: pyt
 @pytest.fixture
 def watched(browser: Any) -> Iterator[Any]:
     """A fresh page; afterwards: nothing fetched from elsewhere, no error in the console or on the page."""
+    from playwright.sync_api import expect
+
     context = browser.new_context(viewport={"width": 1280, "height": 860})
     context.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
     page = context.new_page()
     external: list[str] = []
     errors: list[str] = []

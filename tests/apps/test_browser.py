@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from playwright.sync_api import expect
 
 pytestmark = pytest.mark.browser
 
@@ -59,7 +60,7 @@ def test_a_moved_slider_changes_figures_numbers_and_the_address(watched: Any, se
         watched.keyboard.press("ArrowRight")
     watched.wait_for_function("() => location.search.includes('beta=0.92')")
     wait_for(watched, "Does the signal stand out", f"data[0].y[0] !== {before[0]['y'][0]}")
-    assert watched.get_by_text("0.920").is_visible()
+    expect(watched.get_by_text("0.920")).to_be_visible()
     assert query(watched) == {"size": ["40"], "beta": ["0.92"]}
     watched.get_by_role("radio", name="5", exact=True).check(force=True)
     wait_for(watched, "Does the signal stand out", "data[0].y.length === 5")
@@ -77,7 +78,7 @@ def test_the_order_post_is_computed_aside_and_then_drawn(watched: Any, server: s
 def test_an_address_brings_its_settings_back(watched: Any, server: str) -> None:
     open_momentum(watched, server, "?size=40&beta=0.95&rank=1&noise=arch&sigma=0.5")
     assert watched.get_by_label("Momentum β").input_value() == "0.95"
-    assert watched.get_by_role("radio", name="ARCH").is_checked()
+    expect(watched.get_by_role("radio", name="ARCH")).to_be_checked()
     assert len(data(watched, "Does the signal stand out")[0]["y"]) == 1
     assert not watched.get_by_role("alert", include_hidden=True).inner_text()
 
@@ -140,7 +141,7 @@ def test_start_pause_resume_stop(watched: Any, server: str) -> None:
     ended = step(watched)
     watched.wait_for_timeout(600)
     assert step(watched) == ended
-    assert start.is_enabled()
+    expect(start).to_be_enabled()
 
 
 def test_a_second_run_is_drawn_over_the_first_and_can_be_taken_away(watched: Any, server: str) -> None:
@@ -155,7 +156,7 @@ def test_a_second_run_is_drawn_over_the_first_and_can_be_taken_away(watched: Any
     row = watched.get_by_role("checkbox", name=re.compile("draw muon")).first
     row.wait_for()
     checked = watched.get_by_role("checkbox", checked=True)
-    assert checked.count() == 2
+    expect(checked).to_have_count(2)
     checked.last.uncheck()
     wait_for(watched, "How fast does the loss fall", "data.length === 1")
 

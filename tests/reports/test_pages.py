@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import nbformat
 import pytest
@@ -137,21 +136,6 @@ def test_the_ledger_counts_and_prints_every_verdict():
     text = as_text(found)
     assert "HOLDS" in text and "01_a / fails" in text
     assert counts([]) == "no claims"
-
-
-@pytest.fixture
-def browser():
-    """Chromium, with every request, console error and page error collected."""
-    program = shutil.which("chromium") or F.browser_path()
-    if program is None:
-        pytest.skip("no Chrome or Chromium on PATH")
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=program, args=[*arguments, "--no-first-run"])
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, path, **context):

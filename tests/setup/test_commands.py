@@ -1,5 +1,6 @@
 """The Makefile and .ci/run: the promised targets, one sentence for a missing Python, and failures that are not lost."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,10 @@ PROMISED = {"report", "test", "lab", "dash", "bench", "clean", "lint", "help", "
 
 
 def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
+    # Under `make test` this is a make within a make, which would take over the outer one's options and talk about it.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=folder, env=outside, capture_output=True, text=True, timeout=60)
 
 
 def test_make_alone_lists_every_target():
