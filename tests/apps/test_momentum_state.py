@@ -138,3 +138,22 @@ def test_rank_fifteen_fits_into_the_smallest_matrix() -> None:
     found = MomentumState(size=20, rank=15).wait()
     assert found["values"]["gap"] >= 0
     assert np.isfinite(found["values"]["alignment"])
+
+
+def test_a_result_that_arrives_while_the_charts_are_drawn_is_not_forgotten(monkeypatch) -> None:
+    """The thread may finish between the look that found nothing and the answer: the page must look once more."""
+    state = MomentumState(size=40, seed=77)
+    state.wait()
+    state.order = "post"
+    drawn = state._gap_figure
+
+    def slowly(curves, post):
+        assert state.worker.join(60.0)
+        return drawn(curves, post)
+
+    monkeypatch.setattr(state, "_gap_figure", slowly)
+    first = state.snapshot()
+    assert first["busy"], "nothing would repaint the page"
+    second = state.snapshot()
+    assert not second["busy"]
+    assert [trace["name"] for trace in second["figures"]["gap"]["data"]].count("polar, then momentum") == 1

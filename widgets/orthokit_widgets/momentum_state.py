@@ -71,6 +71,7 @@ class MomentumState(Settings):
         self.error = ""
         self._shown: dict[str, Any] | None = None
         self._failed: Hashable = None
+        self._missing = False
 
     # --- keys of what is cached
 
@@ -98,7 +99,7 @@ class MomentumState(Settings):
         """The snapshot when nothing is left to compute, or what there is after ``timeout`` seconds."""
         end = time.monotonic() + timeout
         found = self.snapshot()
-        while self.worker.job is not None and time.monotonic() < end:
+        while found["busy"] and time.monotonic() < end:
             self.worker.join(end - time.monotonic())
             found = self.snapshot()
         return found
@@ -116,6 +117,7 @@ class MomentumState(Settings):
             drawn, the last figures stay, with the ``settings`` they belong to; ``figures`` is empty before the first.
         """
         started = time.perf_counter()
+        self._missing = False
         stream = _STREAMS.get(self._stream_key)
         if stream is None:
             size, noise, seed = self.size, self.noise, self.seed
@@ -124,12 +126,14 @@ class MomentumState(Settings):
         else:
             found = self._shown = self._compute(stream)
         self.last_ms = 1e3 * (time.perf_counter() - started)
-        return found | {"busy": self.busy}
+        # What was missing above may be there by now: it is not in these figures, so another look is due.
+        return found | {"busy": self.busy or ("Drawing the charts" if self._missing else "")}
 
     # --- computing
 
     def _want(self, key: Hashable, compute: Callable[[Job], Any]) -> None:
         if key != self._failed:  # what failed would fail again at every look
+            self._missing = True
             self.worker.want(key, compute)
 
     def _compute(self, stream: Stream) -> dict[str, Any]:

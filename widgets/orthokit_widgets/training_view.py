@@ -71,6 +71,8 @@ class TrainingPage(Page[TrainingState]):
     def paint(self) -> bool:
         """Show the snapshot; more to come while a run is active or the folder is read."""
         state = self.state
+        # Asked before the snapshot too: what ends while it is taken is not in it, so another look is due.
+        going = state.active or state.worker.job is not None
         found = state.snapshot()
         if found["status"] != self._was:
             if found["status"] in ("running", "finished", "stopped", "failed"):
@@ -87,7 +89,7 @@ class TrainingPage(Page[TrainingState]):
         self.table.rows = found["rows"]
         self._show_view()
         self.hurry = found["status"] in ("preparing", "stopping")
-        return state.active or state.worker.job is not None
+        return going or state.active or state.worker.job is not None
 
     def problems(self) -> list[str]:
         """Why the run failed, and what could not be read."""

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 __all__ = ["Job", "Worker"]
+
+_PATIENCE = 20.0  # seconds for what was given up at the end of the process; the longest step takes a few
+_WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Let no thread be inside torch when the interpreter is taken down: that ends the process with an abort."""
+    for worker in list(_WORKERS):
+        worker.forget()
+    for worker in list(_WORKERS):
+        worker.join(_PATIENCE)
 
 
 class Job:
@@ -34,6 +48,7 @@ class Worker:
         self._running: Job | None = None
         self._next: Job | None = None
         self._thread: threading.Thread | None = None
+        _WORKERS.add(self)
 
     def want(self, key: Hashable, compute: Callable[[Job], Any]) -> None:
         """Compute this next; asking again for what is running or waiting changes nothing."""
