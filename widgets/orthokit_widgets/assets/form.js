@@ -1,5 +1,6 @@
 // Native controls from a description: labels, keyboard and screen readers work as the browser has them.
 const WAIT = 70; // ms between two messages of a control that is being dragged
+const SETTLE = 1500; // ms in which an answer to an older move does not take a control back
 
 function make(tag, attributes = {}, text = null) {
   const node = document.createElement(tag);
@@ -29,8 +30,15 @@ export function render({ model, el }) {
     for (const [name, value] of waiting) model.send_msg({ set: name, value });
     waiting.clear();
   }
+  // What each control last asked for. On a busy server the answer to one key press arrives after the next one; taking
+  // it for news would lose the second press.
+  const asked = new Map();
+  let settling = null;
   function send(name, value, now) {
     waiting.set(name, value);
+    asked.set(name, { value: String(value), at: performance.now() });
+    clearTimeout(settling);
+    settling = setTimeout(update, SETTLE + 50);
     const left = WAIT - (performance.now() - sent);
     if (now || left <= 0) flush();
     else if (timer === null) timer = setTimeout(flush, left);
@@ -107,6 +115,7 @@ export function render({ model, el }) {
   }
 
   const kinds = { range, number, choice, segments };
+  let refusals;
   function build() {
     controls.clear();
     form.replaceChildren();
@@ -122,7 +131,13 @@ export function render({ model, el }) {
     enable();
   }
   function update() {
-    for (const [name, value] of Object.entries(model.values)) controls.get(name)?.set(value);
+    const refused = model.values[""] !== refusals; // then the control must go back to what holds
+    refusals = model.values[""];
+    for (const [name, value] of Object.entries(model.values)) {
+      const last = asked.get(name);
+      const older = last && performance.now() - last.at < SETTLE && last.value !== String(value);
+      if (refused || !older) controls.get(name)?.set(value);
+    }
   }
   function enable() {
     for (const [name, control] of controls) {
@@ -163,9 +178,9 @@ export function render({ model, el }) {
   model.on("disabled", enable);
   model.on("actions", act);
   // In a notebook, what the server sent before its channel to this page stood is lost: ask until an answer comes.
-  let asked = 0;
+  let tries = 0;
   const ask = () => {
-    if (model.answered || asked++ > 60) return;
+    if (model.answered || tries++ > 60) return;
     model.send_msg({ ready: true });
     setTimeout(ask, 500);
   };
