@@ -6,6 +6,7 @@ pages, the command line) and for the optimizers, which ask which dtype multiplie
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -120,10 +121,9 @@ def _device_key(device: torch.device) -> str:
 @functools.cache
 def _cached_rates(key: str, device: torch.device) -> dict[str, float]:
     path = cache_dir() / "matmul.json"
-    try:
+    # A missing or damaged entry is no error: the rates are measured again.
+    with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
         return {name: float(rate) for name, rate in _known(path)[key].items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        pass  # nothing usable: measure
     n = 2048 if device.type == "cuda" else 512
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     rates = {name: _rate(device, dtype, n, 0.05) for name, dtype in dtypes.items()}

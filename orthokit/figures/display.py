@@ -5,6 +5,8 @@ A PNG needs a Chrome or Chromium browser, which is looked for and not assumed.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import copy
 import os
 import shutil
@@ -198,12 +200,9 @@ class Shown:
         full = figure_json(self.figure)
         bundle: dict[str, Any] = {"text/plain": str(self)}
         if "png" in chosen and browser_path():
-            try:
-                import base64
-
+            # A picture is an extra: a browser that fails must not take the chart away with it.
+            with contextlib.suppress(ReportError, MissingExtraError):
                 bundle["image/png"] = base64.b64encode(png(full)).decode("ascii")
-            except (ReportError, MissingExtraError):
-                pass
         if "plotly" in chosen or "image/png" not in bundle:
             bundle[PLOTLY] = full
         return bundle
