@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,50 +12,36 @@ from torch import Tensor
 from orthokit.device import fast_matmul_dtype
 from orthokit.errors import OptionError, unknown_name
 from orthokit.linalg.coefficients import coefficient_table
-from orthokit.linalg.polar import METHODS, orthogonalize
+from orthokit.linalg.polar import check_iteration, orthogonalize_
 from orthokit.matrices import MatrixBlock
-from orthokit.optim.blocks import block_by_shape, check_gradients
+from orthokit.optim._report import update_report
+from orthokit.optim.base import MatrixOptimizer, check_rate
+from orthokit.optim.rates import ADJUSTMENTS, lr_ratio
 
-__all__ = ["Muon", "lr_ratio"]
+__all__ = ["Muon"]
 
 ORDERS = ("pre", "post", "none")
-ADJUSTMENTS = (None, "original", "match_rms_adamw")
+DECAYS = ("decoupled", "cautious")
+NORMALIZATIONS = (None, "neuron")
 
-# On one CPU thread a batched product saves the overhead of a call, which no longer matters from this width on, and the
-# stack costs a copy. On several threads it pays at every width: the batch is split over the cores.
-_STACKED_ON_ONE_THREAD = 128
-
-
-def lr_ratio(rule: str | None, rows: int, columns: int) -> float:
-    r"""The factor on the learning rate that makes updates of all shapes alike.
-
-    Args:
-        rule: ``None`` or ``"original"``: ``sqrt(max(1, out / in))``. ``"match_rms_adamw"``: ``0.2 sqrt(max(out, in))``,
-            which gives an orthogonal update the root mean square 0.2 that AdamW's updates typically have.
-        rows: ``out``, at least 1.
-        columns: ``in``, at least 1.
-
-    Returns:
-        The factor.
-
-    Raises:
-        UnknownNameError: No such rule.
-
-    Example:
-        >>> lr_ratio("original", 400, 100)
-        2.0
-
-    References:
-        K. Jordan et al. (2024), Muon. J. Liu et al. (2025), Muon is scalable for LLM training, arXiv 2502.16982, 2.2.
-    """
-    if rule not in ADJUSTMENTS:
-        raise unknown_name("adjust_lr_fn", rule, ADJUSTMENTS)
-    if rule == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
+# Entries that go through the iteration at once. On CPUs a few matrices at a time: enough to share among the cores, and
+# small enough that the buffers stay in the caches. On other devices the launch of a kernel is what costs.
+_CHUNK = {"cpu": 1 << 21}
+_CHUNK_ELSEWHERE = 1 << 27
 
 
-class Muon(torch.optim.Optimizer):
+class Piece(NamedTuple):
+    """One block of one parameter: what a row of the work list is."""
+
+    parameter: Tensor
+    block: MatrixBlock
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This block of a tensor shaped like the parameter, as a batch ``(matrices, out, in)``; a view if there is one."""
+        return self.block.read(tensor).reshape(-1, *self.block.shape[-2:])
+
+
+class Muon(MatrixOptimizer):
     r"""Steepest descent in the spectral norm, with momentum before the polar factor, after it, or without.
 
     With gradient ``G``, buffer ``M <- momentum M + (1 - momentum) X`` and ``polar`` the factor ``U V^H``:
@@ -65,22 +50,28 @@ class Muon(torch.optim.Optimizer):
     - ``order="post"`` (Orthogonal-SGDM): ``X = polar(G)``, direction ``M`` as it is, or its Nesterov blend with ``X``;
     - ``order="none"``: direction ``polar(G)``; no buffer.
 
-    Then ``W <- (1 - lr weight_decay) W - lr ratio(shape) direction``.
+    Then ``W <- (1 - lr weight_decay) W - lr ratio(shape) direction``. With ``normalize="neuron"`` (NorMuon) each row of
+    the polar factor is first divided by the root of its running mean square, and the matrix scaled back to its norm.
 
     Args:
         params: Tensors, named tensors or groups, as in every torch optimizer. Two dimensions are a matrix, three a
             batch of matrices, four or five a convolution, flattened to ``(out, in * kernel)``. Real or complex.
         lr: Learning rate, ``>= 0``; default 1e-3. A one-element tensor is read at every step.
-        weight_decay: Decoupled decay, ``>= 0``; default 0.1.
+        weight_decay: Decay, ``>= 0``; default 0.1.
         momentum: Share of the old buffer, in ``[0, 1)``; default 0.95.
         nesterov: Look ahead by one gradient; default ``True``. The theory of momentum as a spectral filter has it off.
         ns_coefficients: One triple, a list of triples or a name in ``linalg.COEFFICIENTS``; default torch's triple.
         eps: Smallest norm that is divided by, ``> 0``; default 1e-7.
         ns_steps: Iterations, ``>= 0``; default 5.
-        adjust_lr_fn: ``None`` / ``"original"`` or ``"match_rms_adamw"``; see :func:`lr_ratio`.
+        adjust_lr_fn: ``None`` / ``"original"``, ``"match_rms_adamw"`` or ``"spectral"``; see :func:`lr_ratio`.
         order: ``"pre"`` (default), ``"post"`` or ``"none"``.
         method: ``"newton_schulz"`` (default), ``"polar_express"`` or ``"svd"``; see ``linalg.orthogonalize``.
-        polish: Cubic steps after the iteration, ``>= 0``; default 0.
+        polish: Cubic steps after the iteration, ``>= 0``, or ``"auto"``; default 0.
+        scaling: What the iteration's input is divided by: ``"frobenius"`` (default), ``"schatten"``, ``"spectral"`` or
+            ``"aol"``; see ``linalg.orthogonalize``.
+        normalize: ``None`` (default) or ``"neuron"``.
+        beta2: Share of the old mean square of ``normalize``, in ``[0, 1)``; default 0.95.
+        decay: ``"decoupled"`` (default), or ``"cautious"``: only entries that the step makes smaller decay.
         ns_dtype: Precision of the iteration for real parameters; default the fastest measured here for float32,
             bfloat16 and float16 (bfloat16 or float32), float64 for float64. Complex parameters and ``"svd"`` keep
             their own.
@@ -89,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
     Raises:
         OptionError: An option is out of range.
-        UnknownNameError: Unknown order, method, table or adjustment.
+        UnknownNameError: Unknown order, method, table, scaling, adjustment, normalization or decay.
         ParameterError: A parameter is no matrix, or its gradient is sparse.
         NonFiniteError: At a step: a gradient holds NaN or infinity. Nothing was changed.
 
@@ -102,14 +93,17 @@ class Muon(torch.optim.Optimizer):
         True
 
     Numerics:
-        One buffer per parameter in the gradient's dtype (none for ``order="none"``). With ``order="pre"`` and
+        One buffer per parameter in the gradient's dtype (none for ``order="none"``), and one float32 per row with
+        ``normalize``. Equal shapes are stacked over the whole group, a few megabytes at a time. With ``order="pre"`` and
         torch's options it follows ``torch.optim.Muon`` to the rounding of the iteration's dtype; unlike torch 2.13 it
         does not normalise the buffer in place for bfloat16 parameters with ``nesterov=False``.
 
     References:
         K. Jordan et al. (2024), Muon: an optimizer for hidden layers in neural networks. Tuddenham et al. (2022),
         Orthogonalising gradients to speed up neural network optimisation, arXiv 2202.07052. Li, Zhang, Liu, Bao (2026),
-        Denoise First, Orthogonalize Later, arXiv 2606.03899, for the three orders.
+        Denoise First, Orthogonalize Later, arXiv 2606.03899, for the three orders. Z. Li et al. (2025), NorMuon,
+        arXiv 2510.05491, algorithm 1; its scale ``0.2 sqrt(out in) / ||X||_F`` is ours with ``"match_rms_adamw"``.
+        L. Chen et al. (2025), Cautious weight decay, arXiv 2510.12402.
     """
 
     def __init__(
@@ -126,7 +120,11 @@ class Muon(torch.optim.Optimizer):
         *,
         order: str = "pre",
         method: str = "newton_schulz",
-        polish: int = 0,
+        polish: int | str = 0,
+        scaling: str = "frobenius",
+        normalize: str | None = None,
+        beta2: float = 0.95,
+        decay: str = "decoupled",
         ns_dtype: torch.dtype | None = None,
         blocks: Mapping[Any, list[MatrixBlock]] | None = None,
     ) -> None:
@@ -142,129 +140,176 @@ class Muon(torch.optim.Optimizer):
             "order": order,
             "method": method,
             "polish": polish,
+            "scaling": scaling,
+            "normalize": normalize,
+            "beta2": beta2,
+            "decay": decay,
             "ns_dtype": ns_dtype,
         }
-        # Before super().__init__, which already calls add_param_group. The blocks stay out of the param groups:
-        # state_dict() would otherwise carry objects that only a pickle can store.
-        self._blocks: dict[Tensor, list[MatrixBlock]] = dict(blocks or {})
-        self._names: dict[Tensor, str] = {}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, blocks=blocks)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as in every torch optimizer; the options are checked here.
-
-        Raises:
-            OptionError: An option of the group is out of range.
-            ParameterError: A parameter is no matrix.
-        """
-        _check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        # Counted over all groups, as in state_dict(): a message must name one parameter only.
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:-1])
-        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
-        try:
-            for name, parameter in zip(names, group["params"], strict=True):
-                self._names[parameter] = name
-                if parameter not in self._blocks:
-                    self._blocks[parameter] = [block_by_shape(name, parameter)]
-        except Exception:
-            self.param_groups.pop()  # a refused group leaves the optimizer as it was
-            raise
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch's keeps three attributes; a deep copy must know its blocks and names as well.
-        return {**super().__getstate__(), "_blocks": self._blocks, "_names": self._names}
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: Recomputes and returns the loss; called once, with gradients enabled.
-
-        Returns:
-            What the closure returned, else ``None``.
-
-        Raises:
-            NonFiniteError: A gradient holds NaN or infinity; no parameter and no buffer was changed.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        check_gradients(self.named_gradients())
-        for group in self.param_groups:
-            self._update(group)
-        return loss
-
-    def named_gradients(self) -> list[tuple[str, Tensor]]:
-        """Name and gradient of every parameter that has one."""
-        everything = (p for group in self.param_groups for p in group["params"])
-        return [(self._names[p], p.grad) for p in everything if p.grad is not None]
+    def _check_options(self, group: dict[str, Any]) -> None:
+        check_rate(group, "weight_decay")
+        for name in ("momentum", "beta2"):
+            if not 0 <= group[name] < 1:
+                raise OptionError(f"{name} must be in [0, 1); got {group[name]}.")
+        if group["ns_dtype"] is not None and not group["ns_dtype"].is_floating_point:
+            raise OptionError(f"ns_dtype must be a real floating dtype; got {group['ns_dtype']}.")
+        known = {"order": ORDERS, "adjust_lr_fn": ADJUSTMENTS, "normalize": NORMALIZATIONS, "decay": DECAYS}
+        for name, choices in known.items():
+            if group[name] not in choices:
+                raise unknown_name(name, group[name], choices)
+        names = ("method", "polish", "scaling", "eps")
+        check_iteration(steps=group["ns_steps"], **{name: group[name] for name in names})
+        coefficient_table(group["ns_coefficients"], group["ns_steps"])
 
     def _update(self, group: dict[str, Any]) -> None:
-        lr = float(group["lr"])
-        moved = [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel()]
-        inputs = [(p, self._polar_input(p, grad, group)) for p, grad in moved]
-        pieces = [(p, block, block.read(x)) for p, x in inputs for block in self._blocks[p]]
-        directions = _orthogonalize_all([x for _, _, x in pieces], group)
-        for (p, block, _), direction in zip(pieces, directions, strict=True):
-            if group["order"] == "post":
-                direction = self._filter(p, block, direction, group)
-            ratio = lr_ratio(group["adjust_lr_fn"], *block.shape[-2:])
-            weight = block.read(p)
-            weight.mul_(1 - lr * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-lr * ratio)
-            if weight.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
-                block.write(p, weight)  # strides that allow no view: read gave a copy
+        moved = [p for p in group["params"] if p.grad is not None and p.numel()]
+        if not moved:
+            return
+        if group["order"] == "pre":
+            buffers = [self._buffer(p) for p in moved]
+            torch._foreach_lerp_(buffers, [p.grad for p in moved], 1 - group["momentum"])
+        pieces = [Piece(p, block) for p in moved for block in self._blocks[p]]
+        for chunk in chunks(pieces):
+            inputs = self._polar_inputs(chunk, group)
+            self._apply(chunk, self._directions(chunk, inputs, group), group)
 
-    def _polar_input(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """What the polar factor is taken of: the filtered gradient for "pre", the gradient itself otherwise."""
-        if group["order"] != "pre":
-            return grad
-        buffer, momentum = self._buffer(p, grad), group["momentum"]
-        buffer.lerp_(grad, 1 - momentum)
-        return grad.lerp(buffer, momentum) if group["nesterov"] else buffer
-
-    def _filter(self, p: Tensor, block: MatrixBlock, direction: Tensor, group: dict[str, Any]) -> Tensor:
-        buffer, momentum = self._buffer(p, p), group["momentum"]
-        direction = direction.to(buffer.dtype)
-        filtered = block.read(buffer).lerp(direction, 1 - momentum)
-        block.write(buffer, filtered)
-        return direction.lerp(filtered, momentum) if group["nesterov"] else filtered
-
-    def _buffer(self, p: Tensor, like: Tensor) -> Tensor:
+    def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+            state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
+    def _polar_inputs(self, chunk: list[Piece], group: dict[str, Any]) -> list[Tensor]:
+        """What the polar factor is taken of: the filtered gradient for "pre", the gradient itself otherwise."""
+        grads = [piece.of(piece.parameter.grad) for piece in chunk]
+        if group["order"] != "pre":
+            return grads
+        buffers = [piece.of(self.state[piece.parameter]["momentum_buffer"]) for piece in chunk]
+        return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
 
-def _orthogonalize_all(inputs: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Polar factors of many matrices; equal shapes are stacked where one batched product beats many single ones."""
-    stacks: dict[tuple, list[int]] = defaultdict(list)
-    for i, x in enumerate(inputs):
-        alone = x.device.type == "cpu" and torch.get_num_threads() == 1 and min(x.shape[-2:]) > _STACKED_ON_ONE_THREAD
-        stacks[(*x.shape, x.dtype, x.device, i if alone else -1)].append(i)
-    outputs: list[Tensor] = [torch.empty(0)] * len(inputs)
-    for members in stacks.values():
-        first = inputs[members[0]]
-        dtype = _iteration_dtype(first, group)
-        stack = first.to(dtype) if len(members) == 1 else torch.stack([inputs[i].to(dtype) for i in members])
-        result = orthogonalize(
-            stack,
-            method=group["method"],
-            steps=group["ns_steps"],
-            polish=group["polish"],
-            coefficients=group["ns_coefficients"] if group["method"] == "newton_schulz" else None,
-            eps=group["eps"],
-        )
-        for i, direction in zip(members, [result] if len(members) == 1 else result.unbind(0), strict=True):
-            outputs[i] = direction
-    return outputs
+    def _directions(self, chunk: list[Piece], inputs: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """The (normalised) polar factors of a chunk, ``(matrices, out, in)`` in the dtype of the iteration."""
+        stack = orthogonalize_(stacked(inputs, group), **iteration_options(group))
+        return stack if group["normalize"] is None else self._equalize(chunk, stack, group)
+
+    def _equalize(self, chunk: list[Piece], stack: Tensor, group: dict[str, Any]) -> Tensor:
+        """Rows divided by the root of their running mean square; the norm of each matrix stays as it was."""
+        stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+        squares = stack.abs().square().mean(-1)
+        moments = [self._row_moments(piece) for piece in chunk]
+        counts = [piece.block.count for piece in chunk]
+        torch._foreach_lerp_(moments, [s.to(torch.float32) for s in squares.split(counts)], 1 - group["beta2"])
+        scaled = stack / (torch.cat(moments).sqrt().unsqueeze(-1) + group["eps"])
+        before, after = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (stack, scaled))
+        return scaled * (before / after.clamp(min=torch.finfo(squares.dtype).tiny))
+
+    def _row_moments(self, piece: Piece) -> Tensor:
+        """The part ``(matrices, out)`` of the parameter's row moments that belongs to one of its blocks."""
+        p = piece.parameter
+        blocks, state = self._blocks[p], self.state[p]
+        if "row_moments" not in state:
+            rows = sum(block.count * block.shape[-2] for block in blocks)
+            state["row_moments"] = torch.zeros(rows, dtype=torch.float32, device=p.device)
+        start = 0
+        for block in blocks[: blocks.index(piece.block)]:
+            start += block.count * block.shape[-2]
+        count, rows = piece.block.count, piece.block.shape[-2]
+        return state["row_moments"][start : start + count * rows].view(count, rows)
+
+    def _apply(self, chunk: list[Piece], directions: Tensor, group: dict[str, Any]) -> None:
+        """Decay and move the weights of a chunk along its directions."""
+        first = chunk[0].parameter
+        parts = list(directions.to(first.dtype).split([piece.block.count for piece in chunk]))
+        if group["order"] == "post":
+            parts = self._filtered(chunk, parts, group)
+        lr = float(group["lr"])
+        ratio = lr_ratio(group["adjust_lr_fn"], *chunk[0].block.shape[-2:])
+        weights = [piece.of(piece.parameter) for piece in chunk]
+        decay(weights, parts, rate=lr * group["weight_decay"], rule=group["decay"])
+        torch._foreach_add_(weights, parts, alpha=-lr * ratio)
+        write_back(chunk, weights)
+
+    def _filtered(self, chunk: list[Piece], parts: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The directions of "post": the average of the polar factors, or its Nesterov blend with the last."""
+        momentum, tensors = group["momentum"], [self._buffer(piece.parameter) for piece in chunk]
+        buffers = [piece.of(tensor) for piece, tensor in zip(chunk, tensors, strict=True)]
+        parts = [part.to(buffer.dtype) for part, buffer in zip(parts, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, parts, 1 - momentum)
+        write_back(chunk, buffers, tensors)
+        result = torch._foreach_lerp(parts, buffers, momentum) if group["nesterov"] else buffers
+        return [r.to(piece.parameter.dtype) for r, piece in zip(result, chunk, strict=True)]
+
+    def report(self, *, time: bool = True) -> Any:
+        """How orthogonal the last update was, matrix by matrix, and how fast it was found.
+
+        The directions of the last step are computed again from the gradients and buffers, so call it after ``step``
+        and before ``zero_grad``.
+
+        Args:
+            time: Also measure the rate of the iteration against the fastest product of this machine; default ``True``.
+
+        Returns:
+            A pandas frame, one row per block: ``matrix``, ``shape``, ``mean_error`` (mean of ``|s - 1|`` over the
+            singular values ``s`` of the polar factor), ``smallest``, ``largest``, and with ``time`` the ``gflops`` of
+            its stack and their ``share_of_roof``.
+
+        Raises:
+            ParameterError: No parameter holds a gradient.
+
+        Example:
+            >>> W = torch.nn.Parameter(torch.zeros(4, 8))
+            >>> W.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+            >>> optimizer = Muon([W], ns_dtype=torch.float32, polish=4)
+            >>> _ = optimizer.step()
+            >>> bool(optimizer.report(time=False)["mean_error"].item() < 1e-3)
+            True
+        """
+        return update_report(self, time=time)
 
 
-def _iteration_dtype(x: Tensor, group: dict[str, Any]) -> torch.dtype:
+def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of one shape, dtype and device together, as many as the caches hold."""
+    alike: dict[tuple, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        p = piece.parameter
+        alike[(*piece.block.shape[-2:], p.dtype, p.grad.dtype, p.device)].append(piece)
+    for members in alike.values():
+        room = _CHUNK.get(members[0].parameter.device.type, _CHUNK_ELSEWHERE)
+        chunk, size = [], 0
+        for piece in members:
+            if chunk and size + piece.block.numel > room:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(piece)
+            size += piece.block.numel
+        yield chunk
+
+
+def iteration_options(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group as :func:`orthokit.linalg.orthogonalize` names them."""
+    return {
+        "method": group["method"],
+        "steps": group["ns_steps"],
+        "polish": group["polish"],
+        "coefficients": group["ns_coefficients"] if group["method"] == "newton_schulz" else None,
+        "scaling": group["scaling"],
+        "eps": group["eps"],
+    }
+
+
+def stacked(inputs: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """Batches of equal shape as one, cast to the dtype of the products on the way."""
+    first = inputs[0]
+    size = (sum(len(x) for x in inputs), *first.shape[1:])
+    stack = torch.empty(size, dtype=iteration_dtype(first, group), device=first.device)
+    torch._foreach_copy_(list(stack.split([len(x) for x in inputs])), inputs)
+    return stack
+
+
+def iteration_dtype(x: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """The dtype of the products for an input."""
     # The exact factor of rounded input would not be exact, and half precision has no complex form.
     if x.is_complex() or group["method"] == "svd":
         return x.dtype
@@ -273,22 +318,21 @@ def _iteration_dtype(x: Tensor, group: dict[str, Any]) -> torch.dtype:
     return x.dtype if x.dtype == torch.float64 else fast_matmul_dtype(x.device)
 
 
-def _check_options(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise OptionError(f"a tensor lr must hold one element; got {lr.numel()}.")
-    for name in ("lr", "weight_decay"):
-        if not group[name] >= 0:
-            raise OptionError(f"{name} must be at least 0; got {group[name]}.")
-    if not 0 <= group["momentum"] < 1:
-        raise OptionError(f"momentum must be in [0, 1); got {group['momentum']}.")
-    if not group["eps"] > 0:
-        raise OptionError(f"eps must be greater than 0; got {group['eps']}.")
-    if group["polish"] < 0:
-        raise OptionError(f"polish must be at least 0; got {group['polish']}.")
-    if group["ns_dtype"] is not None and not group["ns_dtype"].is_floating_point:
-        raise OptionError(f"ns_dtype must be a real floating dtype; got {group['ns_dtype']}.")
-    for name, known in (("order", ORDERS), ("method", METHODS), ("adjust_lr_fn", ADJUSTMENTS)):
-        if group[name] not in known:
-            raise unknown_name(name, group[name], known)
-    coefficient_table(group["ns_coefficients"], group["ns_steps"])
+def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:
+    """Shrink the weights in place: all entries, or with ``"cautious"`` those that the step makes smaller as well."""
+    if not rate:
+        return
+    if rule == "decoupled":
+        torch._foreach_mul_(weights, 1 - rate)
+        return
+    for weight, direction in zip(weights, directions, strict=True):
+        shrinking = (weight * direction.conj()).real > 0
+        weight.sub_(weight * shrinking, alpha=rate)
+
+
+def write_back(chunk: list[Piece], values: list[Tensor], tensors: list[Tensor] | None = None) -> None:
+    """Strides that allow no view gave a copy; its values go back to the parameter (or to ``tensors``)."""
+    for i, (piece, value) in enumerate(zip(chunk, values, strict=True)):
+        target = piece.parameter if tensors is None else tensors[i]
+        if value.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
+            piece.block.write(target, value.view(piece.block.shape))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from orthokit.errors import OptionError, ParameterError, unknown_name
 from orthokit.matrices import MatrixTable, matrices
+from orthokit.optim.base import MatrixOptimizer
 from orthokit.optim.blocks import check_gradients
 from orthokit.optim.muon import Muon
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIMIZERS", "RoutedOptimizer", "for_model"]
 
-OPTIMIZERS: dict[str, type[Muon]] = {"muon": Muon}
+OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {"muon": Muon}
 
 
 class RoutedOptimizer(torch.optim.Optimizer):
@@ -33,7 +34,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrix: Muon,
+        matrix: MatrixOptimizer,
         fallback: torch.optim.AdamW | None,
         *,
         table: MatrixTable,
@@ -98,7 +99,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
         moved = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
         check_gradients((self._names[p], p.grad) for p in moved)
         for part in self.parts:
-            part.step()
+            # The matrices' gradients are checked already.
+            part.update() if isinstance(part, MatrixOptimizer) else part.step()
         return loss
 
     @property
@@ -117,7 +119,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
 def for_model(
     model: nn.Module,
-    name_or_class: str | type[Muon] = "muon",
+    name_or_class: str | type[MatrixOptimizer] = "muon",
     *,
     lr: float,
     fallback_lr: float | None = None,
