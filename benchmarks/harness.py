@@ -51,6 +51,7 @@ class Case:
         work: FLOP of one call, for candidates where that says something.
         roof: The candidate whose FLOP/s are the most the machine gives; shares of it are shown.
         columns: More columns, each candidate name to text.
+        notes: Sentences that belong under the table, such as which rivals are not installed.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Case:
     work: dict[str, float] = field(default_factory=dict)
     roof: str | None = None
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = {self.baseline, *self.work, *([self.roof] if self.roof else [])}
@@ -130,7 +132,9 @@ class Result:
                 "cpu_seconds": self.cpu[name],
                 **{title: column[name] for title, column in self.case.columns.items() if name in column},
             }
-        return {"title": self.case.title, "baseline": self.case.baseline, "roof": self.case.roof, "candidates": rows}
+        case = self.case
+        told = {"title": case.title, "baseline": case.baseline, "roof": case.roof, "notes": list(case.notes)}
+        return told | {"candidates": rows}
 
 
 def _sample(call: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -226,7 +230,8 @@ def table(result: Result) -> str:
         )
         for row in (header, *rows)
     ]
-    return "\n".join([f"{case.title} ({rounds} rounds, * is the baseline)", *(line.rstrip() for line in lines)])
+    title = f"{case.title} ({rounds} rounds, * is the baseline)"
+    return "\n".join([title, *(line.rstrip() for line in lines), *case.notes])
 
 
 def save(name: str, options: Options, found: dict[str, Any], results: list[Result]) -> Path:
@@ -260,8 +265,13 @@ def run(
     description: str | None,
     cases: Callable[[Options], Iterable[Case]],
     arguments: list[str] | None = None,
+    *,
+    by_threads: bool = False,
 ) -> list[Result]:
-    """Run one benchmark from the command line: measure, print, save when asked."""
+    """Run one benchmark from the command line: measure, print, save when asked.
+
+    With ``by_threads`` each number of threads has its own file, ``<name>_2threads.json``.
+    """
     name = name.rpartition(".")[2]
     given = parser(description).parse_args(arguments)
     if given.threads < 1 or (given.rounds is not None and given.rounds < 1):
@@ -273,7 +283,8 @@ def run(
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     results = list(_measure(cases(options), options))
     if given.save:
-        print(f"\nwritten: {save(name, options, found, results)}")
+        threads = f"_{options.threads}thread{'s' if options.threads > 1 else ''}" if by_threads else ""
+        print(f"\nwritten: {save(name + threads, options, found, results)}")
     return results
 
 

@@ -1,68 +1,187 @@
-"""One step of Muon: orthokit against torch.optim.Muon, AdamW and the rate at which the machine multiplies.
+"""One step of Muon: orthokit against every installed rival, AdamW and the rate at which the machine multiplies.
 
-Two sets of matrices: those of a small GPT (6 layers of width 384, q, k, v and o apart, 10.6 million entries), where
-the products are large, and 64 matrices of 32 x 32, where the calls are what costs. Gradients are fixed; the work of a
-step does not depend on them. The roof is a plain bfloat16 product of 1024 x 1024 matrices, measured in the same rounds.
+Layouts: the matrices of a small GPT (6 layers of width 384, 10.6 million entries) with q, k, v and o apart (36
+matrices) or q, k and v fused (24), many small matrices, where calls are what costs, and four of 1024 x 1024. All
+optimizers of the kind run five Newton-Schulz steps on the same gradients. The roof is a stack of products, two of
+1024 x 1024 for each thread, in the fastest dtype here: a single one would keep one core busy only.
 """
 
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.harness import Case, Options, Result, run
+from orthokit.device import fast_matmul_dtype
 from orthokit.optim import Muon
 
-__all__ = ["cases", "main"]
+__all__ = ["absences", "cases", "main", "rivals"]
+
+Shapes = list[tuple[int, int]]
+Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+COMMON: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+OURS: dict[str, tuple[dict[str, Any], int | None]] = {
+    # Options, and the quintic steps that the work of a call is counted for; None: it depends on the matrices.
+    "orthokit Muon": ({}, 5),
+    "orthokit Muon, Polar Express x6": ({"method": "polar_express", "ns_steps": 6}, 6),
+    "orthokit Muon, polish until orthogonal": ({"method": "polar_express", "polish": "auto"}, None),
+    "orthokit NorMuon": ({"normalize": "neuron"}, 5),
+}
 
 
-def gpt_shapes(layers: int, width: int) -> list[tuple[int, int]]:
+def pytorch_optimizer() -> dict[str, Build]:
+    """Its shape-batched path."""
+    kind = importlib.import_module("pytorch_optimizer").Muon
+    return {
+        "pytorch_optimizer Muon, stacked": lambda p: kind([{"params": p, "use_muon": True}], foreach=True, **COMMON)
+    }
+
+
+def optimuon() -> dict[str, Build]:
+    """The plain iteration in stacks, and what one gets without an option."""
+    package = importlib.import_module("optimuon")
+    plain = {"gram_ns": False, "normuon": False, "cautious_wd": False}
+    table = {
+        "ns_coefficients": package.NS_COEFFICIENTS_DEFAULT,
+        "ns_norm_scale": package.NS_NORM_SCALE_DEFAULT,
+    }
+    return {
+        "optimuon Muon, plain, stacked": lambda p: package.Muon(p, **plain, **table, **COMMON),
+        "optimuon Muon, its defaults": lambda p: package.Muon(p, **COMMON),
+    }
+
+
+def timm() -> dict[str, Build]:
+    """Its Muon alone: the package around it needs torchvision, which an optimizer does not."""
+    for name in ("timm", "timm.optim"):
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise ModuleNotFoundError(name)
+            bare = types.ModuleType(name)
+            bare.__path__ = list(spec.submodule_search_locations or [])
+            sys.modules[name] = bare
+    kind = importlib.import_module("timm.optim.muon").Muon
+    return {"timm Muon": lambda p: kind(p, nesterov=True, ns_coefficients="original", **COMMON)}
+
+
+def heavyball() -> dict[str, Build]:
+    """Without compilation, which would take longer than the whole benchmark."""
+    package = importlib.import_module("heavyball")
+    package.utils.compile_mode = None
+    return {"heavyball Muon, not compiled": lambda p: package.Muon(p, betas=(0.95, 0.99), **COMMON)}
+
+
+RIVALS: dict[str, Callable[[], dict[str, Build]]] = {
+    "pytorch_optimizer": pytorch_optimizer,
+    "optimuon": optimuon,
+    "timm": timm,
+    "heavyball": heavyball,
+}
+
+
+def rivals() -> tuple[dict[str, Build], dict[str, str]]:
+    """Builders of all rivals that can be had here, and for each package its version or why it is absent."""
+    builders: dict[str, Build] = {
+        "torch.optim.Muon": lambda p: torch.optim.Muon(p, **COMMON),
+        "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True, **COMMON),
+    }
+    found: dict[str, str] = {"torch": torch.__version__}
+    for name, load in RIVALS.items():
+        try:
+            builders |= load()
+            found[name] = importlib.metadata.version(name)
+        except (ImportError, RuntimeError) as error:
+            found[name] = f"absent ({type(error).__name__}: {error})"
+    return builders, found
+
+
+def absences(found: dict[str, str]) -> str:
+    """The note under a table: versions of the rivals, and which could not be asked."""
+    return "Rivals: " + ", ".join(f"{name} {version}" for name, version in found.items()) + "."
+
+
+def gpt_shapes(layers: int, width: int, *, fused: bool = False) -> Shapes:
     """Attention and MLP matrices of a GPT whose MLP is four times as wide."""
-    layer = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
-    return layer * layers
+    attention = [(3 * width, width), (width, width)] if fused else [(width, width)] * 4
+    return [*attention, (4 * width, width), (width, 4 * width)] * layers
 
 
-def newton_schulz_flop(shapes: list[tuple[int, int]], steps: int = 5) -> float:
+def newton_schulz_flop(shapes: Shapes, steps: int = 5) -> float:
     """FLOP of the products of one step: per iteration ``4 m^2 n + 2 m^3`` with ``m`` the shorter side."""
     return float(sum(steps * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes))
 
 
-def stepper(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer], shapes: list[tuple[int, int]]):
-    """The ``step`` of an optimizer over its own copy of the matrices."""
+def stepper(build: Build, shapes: Shapes) -> Callable[[], object]:
+    """One step of an optimizer over its own copy of the matrices."""
     g = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=g)
-    return build(params).step
+    grads = [torch.randn(p.shape, generator=g) for p in params]
+    optimizer = build(params)
+
+    def step() -> None:
+        # Some rivals drop or overwrite the gradients they were given; without one, a step would do nothing.
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+
+    return step
 
 
-def step_case(title: str, shapes: list[tuple[int, int]], roof: int) -> Case:
+def roof(side: int, threads: int) -> tuple[str, Callable[[], object], float]:
+    """Name, call and FLOP of the product that is held to be the most the machine gives."""
+    dtype = fast_matmul_dtype("cpu")
+    a, b = torch.randn(2, 2 * threads, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.empty_like(a)
+    name = f"{str(dtype).removeprefix('torch.')} product, {2 * threads} of {side}"
+    return name, partial(torch.bmm, a, b, out=out), 2.0 * len(a) * side**3
+
+
+def step_case(title: str, shapes: Shapes, options: Options, builders: dict[str, Build], note: str) -> Case:
     """All rivals on one set of matrices."""
-    a = torch.randn(roof, roof, generator=torch.Generator().manual_seed(0)).bfloat16()
-    flop = newton_schulz_flop(shapes)
-    roofs = f"bfloat16 product {roof}"
-    candidates = {
-        "orthokit Muon": stepper(Muon, shapes),
-        "torch.optim.Muon": stepper(torch.optim.Muon, shapes),
-        "AdamW fused": stepper(lambda p: torch.optim.AdamW(p, fused=True), shapes),
-        roofs: lambda: a @ a,
-    }
-    work = {"orthokit Muon": flop, "torch.optim.Muon": flop, roofs: 2.0 * roof**3}
+    name, product, product_flop = roof(256 if options.quick else 1024, options.threads)
+    candidates = {label: stepper(partial(Muon, **given, **COMMON), shapes) for label, (given, _) in OURS.items()}
+    candidates |= {label: stepper(build, shapes) for label, build in builders.items()}
+    work = {label: newton_schulz_flop(shapes, steps) for label, (_, steps) in OURS.items() if steps}
+    # optimuon's defaults take another form of the iteration, with fewer products.
+    plain = [label for label in builders if "Muon" in label and "defaults" not in label]
+    work |= dict.fromkeys(plain, newton_schulz_flop(shapes)) | {name: product_flop}
     entries = sum(rows * columns for rows, columns in shapes)
-    label = f"{title}: {len(shapes)} matrices, {entries / 1e6:.3g} M entries, {flop / 1e9:.3g} GFLOP a step"
-    return Case(label, candidates, baseline="torch.optim.Muon", work=work, roof=roofs)
+    flop = f"{work['torch.optim.Muon'] / 1e9:.3g} GFLOP in five steps"
+    label = f"{title}: {len(shapes)} matrices, {entries / 1e6:.3g} M entries, {flop}"
+    return Case(label, candidates | {name: product}, "torch.optim.Muon", work=work, roof=name, notes=(note,))
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """The two sets; ``--quick`` takes one narrow layer instead of six."""
-    roof = 256 if options.quick else 1024
-    yield step_case("GPT", gpt_shapes(1, 64) if options.quick else gpt_shapes(6, 384), roof)
-    yield step_case("small", [(32, 32)] * (8 if options.quick else 64), roof)
+    """The layouts; ``--quick`` takes one narrow layer instead of six, and a few small matrices."""
+    layers, width = (1, 64) if options.quick else (6, 384)
+    layouts = {
+        "GPT, q k v o apart": gpt_shapes(layers, width),
+        "GPT, q k v fused": gpt_shapes(layers, width, fused=True),
+        "many of 32 x 32": [(32, 32)] * (8 if options.quick else 64),
+    }
+    if not options.quick:
+        layouts |= {
+            "many of 64 x 64": [(64, 64)] * 64,
+            "many of 128 x 128": [(128, 128)] * 32,
+            "few of 1024 x 1024": [(1024, 1024)] * 4,
+        }
+    builders, found = rivals()
+    for title, shapes in layouts.items():
+        yield step_case(title, shapes, options, builders, absences(found))
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     """Run this benchmark."""
-    return run("optimizers", __doc__, cases, arguments)
+    return run("optimizers", __doc__, cases, arguments, by_threads=True)
 
 
 if __name__ == "__main__":

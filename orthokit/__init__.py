@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from orthokit import device, errors, linalg, optim
+from orthokit import adapters, device, errors, linalg, optim
 from orthokit.matrices import matrices
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "adapters",
     "device",
     "diagnostics",
     "errors",

@@ -110,12 +110,13 @@ def _rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float) -> f
     return 2 * n**3 / best
 
 
-def _device_key(device: torch.device) -> str:
+@functools.cache
+def _device_key(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     else:
         what = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()} cores"
-    return f"{device.type} {what} {torch.get_num_threads()} threads torch {torch.__version__}"
+    return f"{device.type} {what} {threads} threads torch {torch.__version__}"
 
 
 @functools.cache
@@ -166,7 +167,7 @@ def matmul_rates(device: str | torch.device = "cpu") -> dict[str, float]:
         True
     """
     where = torch.device(device)
-    return dict(_cached_rates(_device_key(where), where))
+    return dict(_cached_rates(_device_key(where, torch.get_num_threads()), where))
 
 
 def fast_matmul_dtype(device: str | torch.device = "cpu") -> torch.dtype:

@@ -95,7 +95,7 @@ def test_another_number_of_threads_is_another_measurement(cache, measured):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', "null", "KEY"])
 def test_a_damaged_cache_is_measured_again(cache, measured, content):
     cache.parent.mkdir()
-    key = device._device_key(torch.device("cpu"))
+    key = device._device_key(torch.device("cpu"), torch.get_num_threads())
     cache.write_text(json.dumps({key: 3}) if content == "KEY" else content)
     assert device.matmul_rates()["float32"] == 1e9 and len(measured) == 3
     device._cached_rates.cache_clear()
@@ -130,4 +130,6 @@ def test_half_precision_has_to_win_clearly(monkeypatch, bfloat16, expected):
 
 
 def test_description_names_the_threads_and_the_dtype(cache, measured):
-    assert device.describe("cpu") == f"cpu, {torch.get_num_threads()} threads, matrices multiply fastest in bfloat16"
+    threads = torch.get_num_threads()
+    counted = f"{threads} thread{'s' * (threads > 1)}"
+    assert device.describe("cpu") == f"cpu, {counted}, matrices multiply fastest in bfloat16"

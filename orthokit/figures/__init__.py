@@ -1,5 +1,6 @@
 """Charts as pure functions: arrays in, a Plotly figure dictionary out; the same in a notebook, a page and a report."""
 
+from orthokit.figures.coefficients import accuracy_cost, before_after, scaling_ranges, table_maps
 from orthokit.figures.curves import loss_curves, scalar_history
 from orthokit.figures.display import (
     RENDERERS,
@@ -14,6 +15,7 @@ from orthokit.figures.display import (
 from orthokit.figures.energy import energy_by_dimension, energy_by_matrix, energy_change, energy_pairs, sphere
 from orthokit.figures.gap import gap_by_beta, gap_heatmap
 from orthokit.figures.intervals import mean_interval, t_quantile
+from orthokit.figures.maps import error_laws, error_parity, map_adviser, merge_drift, singular_values_by_angle
 from orthokit.figures.momentum import (
     alignment_by_beta,
     alignment_by_checkpoint,
@@ -21,6 +23,8 @@ from orthokit.figures.momentum import (
     projection_arrows,
     subspace_error,
 )
+from orthokit.figures.poet import drift_causes, memory_modes, spectrum_drift
+from orthokit.figures.race import race_curves, race_ranking, rate_sensitivity
 from orthokit.figures.spectra import coefficient_map, spectra, spectrum_bars, spectrum_heatmap, spectrum_ratio
 from orthokit.figures.template import COLOURS, DASHES, DIVERGING, FONT, SEQUENTIAL, SYMBOLS, TEMPLATE
 
@@ -34,31 +38,46 @@ __all__ = [
     "SYMBOLS",
     "TEMPLATE",
     "Shown",
+    "accuracy_cost",
     "alignment_by_beta",
     "alignment_by_checkpoint",
+    "before_after",
     "browser_path",
     "coefficient_map",
+    "drift_causes",
     "energy_by_dimension",
     "energy_by_matrix",
     "energy_change",
     "energy_pairs",
+    "error_laws",
+    "error_parity",
     "figure_json",
     "gap_by_beta",
     "gap_heatmap",
     "loss_curves",
+    "map_adviser",
     "mean_interval",
+    "memory_modes",
+    "merge_drift",
     "noise_suppression",
     "png",
     "projection_arrows",
+    "race_curves",
+    "race_ranking",
+    "rate_sensitivity",
     "scalar_history",
+    "scaling_ranges",
     "set_renderer",
     "show",
+    "singular_values_by_angle",
     "spectra",
     "spectrum_bars",
+    "spectrum_drift",
     "spectrum_heatmap",
     "spectrum_ratio",
     "sphere",
     "subspace_error",
     "t_quantile",
+    "table_maps",
     "without_caption",
 ]

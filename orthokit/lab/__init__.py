@@ -1,5 +1,7 @@
 """Real data, small models, a training loop and a store of runs: everything a claim can be tested on."""
 
+from orthokit.lab.baselines import Lion
+from orthokit.lab.contestants import CONTESTANTS, Contestant, contestant, contestants
 from orthokit.lab.corpora import Corpus, corpora, corpus
 from orthokit.lab.fit import fit
 from orthokit.lab.glosses import glosses
@@ -7,21 +9,28 @@ from orthokit.lab.images import images
 from orthokit.lab.models import SIZES, SmallCNN, TinyGPT, TinyGPTConfig
 from orthokit.lab.pretrained import PRETRAINED, load_pretrained, pretrained_weights
 from orthokit.lab.probes import GradientRecorder, stationary_gradients
+from orthokit.lab.racer import Racer
 from orthokit.lab.runs import Run, runs
 from orthokit.lab.schedules import SCHEDULES, lr_factor
 from orthokit.lab.tasks import Task, image_classification, language_modelling, task, tasks
 
 __all__ = [
+    "CONTESTANTS",
     "PRETRAINED",
     "SCHEDULES",
     "SIZES",
+    "Contestant",
     "Corpus",
     "GradientRecorder",
+    "Lion",
+    "Racer",
     "Run",
     "SmallCNN",
     "Task",
     "TinyGPT",
     "TinyGPTConfig",
+    "contestant",
+    "contestants",
     "corpora",
     "corpus",
     "fit",

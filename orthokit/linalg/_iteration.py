@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import Triple
 
 __all__ = ["SCALINGS", "iterate", "iterate_differentiable"]
@@ -35,16 +36,24 @@ def iterate_differentiable(
         A = X @ X.mH
         X = a * X + (b * A + c * A @ A) @ X
     for _ in range(_MOST_POLISH if polish is None else polish):
-        A = X @ X.mH
-        if polish is None and _settled(A):
+        residual = X @ X.mH - torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
+        if polish is None and _settled(residual):
             break
-        X = 1.5 * X - 0.5 * A @ X
+        X = X - 0.5 * residual @ X
     return X.mH if tall else X
 
 
 @torch.no_grad()
 def iterate(
-    X: Tensor, table: list[Triple], *, polish: int | None, headroom: float, eps: float, scaling: str, overwrite: bool
+    X: Tensor,
+    table: list[Triple],
+    *,
+    polish: int | None,
+    headroom: float,
+    eps: float,
+    scaling: str,
+    overwrite: bool,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Run the rows of ``table``, then ``polish`` cubic steps (``None``: until the residual has settled, at most 4).
 
@@ -56,11 +65,13 @@ def iterate(
         eps: Smallest norm that is divided by.
         scaling: One of :data:`SCALINGS`.
         overwrite: Whether ``X`` may serve as a buffer.
+        workspace: Where the other buffers come from; with one, the result may lie in it.
     """
     # A tall batch keeps its layout, with the small matrix on the right: turning it would cost a strided copy.
     tall = X.shape[-2] > X.shape[-1]
-    side = min(X.shape[-2:])
-    A, B = (torch.empty((X.shape[0], side, side), dtype=X.dtype, device=X.device) for _ in range(2))
+    small = (X.shape[0], *(min(X.shape[-2:]),) * 2)
+    memory = Workspace() if workspace is None else workspace
+    A, B = (memory.get(name, small, X.dtype, X.device) for name in ("gram", "factor"))
     spare = None
 
     def gram() -> Tensor:
@@ -68,7 +79,7 @@ def iterate(
 
     def replace(factor: Tensor, *, keep: bool) -> Tensor:
         nonlocal spare
-        target = torch.empty_like(X) if spare is None else spare
+        target = memory.get("kept" if keep else "turn", tuple(X.shape), X.dtype, X.device) if spare is None else spare
         spare = None if keep else X
         return torch.bmm(X, factor, out=target) if tall else torch.bmm(factor, X, out=target)
 
@@ -78,18 +89,21 @@ def iterate(
     for i, (a, b, c) in enumerate(table):
         if i:
             gram()
-        torch.baddbmm(A, A, A, beta=b, alpha=c, out=B)
+        if c:
+            torch.baddbmm(A, A, A, beta=b, alpha=c, out=B)
+        else:  # a cubic row: cheaper without the product, which besides drops beta on CPUs in half precision
+            torch.mul(A, b, out=B)
         B.diagonal(dim1=-2, dim2=-1).add_(a)
         if i == 0:
-            B.mul_(scale.mT.to(B.dtype))  # f(D A D) D X: the scale D of the first product, on the side of X
+            B.mul_((scale if tall else scale.mT).to(B.dtype))  # f(D A D) D X: the scale D goes to the side of X
         X, keep = replace(B, keep=keep), False
     if not table:
         X, keep = X * (scale.mT if tall else scale).to(X.dtype), False
     for _ in range(_MOST_POLISH if polish is None else polish):
-        gram()
+        gram().diagonal(dim1=-2, dim2=-1).sub_(1)
         if polish is None and _settled(A):
             break
-        A.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
+        A.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
         X, keep = replace(A, keep=keep), False
     return X
 
@@ -122,10 +136,8 @@ def _top_eigenvalue(A: Tensor, real: torch.dtype) -> Tensor:
     return value
 
 
-def _settled(A: Tensor) -> bool:
-    """Whether every matrix of the batch is orthogonal to the rounding of its own dtype."""
-    size = A.shape[-1]
-    traces = A.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=torch.float32)
-    squares = torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.promote_types(A.dtype, torch.float32)).square()
-    rms = ((squares - 2 * traces + size).clamp(min=0) / size).sqrt()
-    return bool((rms <= _SETTLED * torch.finfo(A.dtype).eps).all())
+def _settled(residual: Tensor) -> bool:
+    """Whether ``X X^H - I`` of every matrix of the batch is down to the rounding of its own dtype."""
+    # Taken of the difference: the norms of X X^H and I agree to half the digits long before the matrices do.
+    norms = torch.linalg.vector_norm(residual, dim=(-2, -1), dtype=torch.promote_types(residual.dtype, torch.float32))
+    return bool((norms <= _SETTLED * torch.finfo(residual.dtype).eps * residual.shape[-1] ** 0.5).all())

@@ -16,6 +16,7 @@ from torch import Tensor
 from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
 from orthokit.linalg._check import check_finite, check_matrix, working_dtype
 from orthokit.linalg._iteration import SCALINGS, iterate, iterate_differentiable
+from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import coefficient_table
 
 __all__ = ["METHODS", "SCALINGS", "orthogonalize", "orthogonalize_", "polar", "procrustes", "singular_value_map"]
@@ -148,15 +149,16 @@ def orthogonalize_(
     coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None,
     scaling: str,
     eps: float,
+    workspace: Workspace | None = None,
 ) -> Num[Tensor, "batch out in"]:
     """:func:`orthogonalize` of a batch that may be overwritten, with options that were checked before.
 
     Returns:
-        The result, in the memory of ``stack`` or not; ``stack`` holds nothing of use afterwards.
+        The result, in the memory of ``stack``, of ``workspace`` or its own; ``stack`` holds nothing of use afterwards.
     """
     if method == "svd":
         return polar(stack)
-    return _run(stack, method, steps, polish, coefficients, scaling, eps, overwrite=True)
+    return _run(stack, method, steps, polish, coefficients, scaling, eps, overwrite=True, workspace=workspace)
 
 
 def check_iteration(*, method: str, steps: int, polish: int | str, scaling: str, eps: float) -> None:
@@ -172,19 +174,31 @@ def check_iteration(*, method: str, steps: int, polish: int | str, scaling: str,
         raise OptionError(f"eps must be greater than 0; got {eps}. It guards the division by the norm.")
 
 
-def _run(X: Tensor, method: str, steps: int, polish, coefficients, scaling: str, eps: float, *, overwrite: bool):
+def _run(
+    X: Tensor,
+    method: str,
+    steps: int,
+    polish: int | str,
+    coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None,
+    scaling: str,
+    eps: float,
+    *,
+    overwrite: bool,
+    workspace: Workspace | None = None,
+) -> Tensor:
     table = coefficient_table(_DEFAULT_TABLE[method] if coefficients is None else coefficients, steps)
     if X.numel() == 0:
         return X.clone()
     if X.dtype == torch.float16:
         # Its squares leave the range beyond 255 and vanish below 2e-4, so this dtype is divided before any product.
         X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp(min=eps)).half()
-        overwrite = True
+        overwrite, eps = True, 1e-2  # and what is divided by from here on may be squared
     count = None if isinstance(polish, str) else polish
     options = {"polish": count, "headroom": _HEADROOM[method], "eps": eps, "scaling": scaling}
     if X.requires_grad and torch.is_grad_enabled():
         return iterate_differentiable(X, table, **options)
-    return iterate(X.reshape(-1, *X.shape[-2:]), table, **options, overwrite=overwrite).reshape(X.shape)
+    flat = X.reshape(-1, *X.shape[-2:])
+    return iterate(flat, table, **options, overwrite=overwrite, workspace=workspace).reshape(X.shape)
 
 
 def singular_value_map(

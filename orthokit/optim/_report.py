@@ -33,14 +33,13 @@ def update_report(optimizer: Muon, *, time: bool) -> pd.DataFrame:
     """See ``Muon.report``."""
     import pandas as pd
 
-    from orthokit.optim.muon import Piece, chunks, iteration_options, stacked
+    from orthokit.optim.muon import Piece, chunks, iteration_options
 
     rows = []
     for group in optimizer.param_groups:
         moved = [p for p in group["params"] if p.grad is not None and p.numel()]
         for chunk in chunks([Piece(p, block) for p in moved for block in optimizer.blocks(p)]):
-            inputs = optimizer._polar_inputs(chunk, group)
-            stack = stacked(inputs, group)
+            stack = optimizer._stack(chunk, group).clone()
             options = iteration_options(group)
             found = torch.linalg.svdvals(_wide(orthogonalize_(stack.clone(), **options)))
             rate = _rate(stack, options) if time else {}

@@ -60,24 +60,35 @@ def check_gradients(named: Iterable[tuple[str, Tensor]]) -> None:
         ParameterError: A gradient is sparse.
     """
     pairs = [(name, grad) for name, grad in named if grad.numel()]
-    for name, grad in pairs:
-        if grad.is_sparse:
-            raise ParameterError(
-                f"gradients must be dense; that of {name!r} is sparse. Use sparse=False in its module."
-            )
-    if not pairs:
-        return
+    if sparse := [name for name, grad in pairs if grad.is_sparse]:
+        raise sparse_error(sparse)
+    good = finite([grad for _, grad in pairs])
+    if not all(good):
+        raise nonfinite_error([name for (name, _), fine in zip(pairs, good, strict=True) if not fine])
+
+
+def finite(grads: list[Tensor]) -> list[bool]:
+    """Whether each tensor, none of them empty, holds finite values only."""
+    if not grads:
+        return []
     # The Euclidean norm costs a tenth of the maximum norm on CPUs, but overflows on large finite gradients: where it
     # does, the maximum decides.
-    good = _finite(torch._foreach_norm([grad for _, grad in pairs], 2))
-    if not all(good):
-        good = _finite([grad.abs().max() for _, grad in pairs])
-    if not all(good):
-        bad = [name for (name, _), fine in zip(pairs, good, strict=True) if not fine]
-        raise NonFiniteError(
-            f"gradients must be finite; NaN or infinity in {', '.join(map(repr, bad))}. No parameter was changed; "
-            "skip the step (zero_grad), lower the learning rate or clip."
-        )
+    good = _finite(torch._foreach_norm(grads, 2))
+    return good if all(good) else _finite(grad.abs().max() for grad in grads)
+
+
+def sparse_error(names: Iterable[str]) -> ParameterError:
+    """The error for sparse gradients of the named parameters."""
+    listed = ", ".join(map(repr, names))
+    return ParameterError(f"gradients must be dense; sparse in {listed}. Use sparse=False in their modules.")
+
+
+def nonfinite_error(names: Iterable[str]) -> NonFiniteError:
+    """The error for gradients of the named parameters that are not finite."""
+    return NonFiniteError(
+        f"gradients must be finite; NaN or infinity in {', '.join(map(repr, names))}. No parameter was changed; "
+        "skip the step (zero_grad), lower the learning rate or clip."
+    )
 
 
 def _finite(values: Iterable[Tensor]) -> list[bool]:

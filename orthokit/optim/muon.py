@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orthokit.device import fast_matmul_dtype
 from orthokit.errors import OptionError, unknown_name
+from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import coefficient_table
 from orthokit.linalg.polar import check_iteration, orthogonalize_
 from orthokit.matrices import MatrixBlock
-from orthokit.optim._report import update_report
+from orthokit.optim._report import iteration_flop, update_report
 from orthokit.optim.base import MatrixOptimizer, check_rate
 from orthokit.optim.rates import ADJUSTMENTS, lr_ratio
+
+if TYPE_CHECKING:
+    from orthokit.optim.sharded import MatrixExchange
 
 __all__ = ["Muon"]
 
@@ -26,8 +30,10 @@ NORMALIZATIONS = (None, "neuron")
 
 # Entries that go through the iteration at once. On CPUs a few matrices at a time: enough to share among the cores, and
 # small enough that the buffers stay in the caches. On other devices the launch of a kernel is what costs.
-_CHUNK = {"cpu": 1 << 21}
+_CHUNK = {"cpu": 1 << 22}
 _CHUNK_ELSEWHERE = 1 << 27
+# Entries from which a matrix is handled by itself through one scratch buffer; below, calls cost more than memory.
+_LARGE = 1 << 15
 
 
 class Piece(NamedTuple):
@@ -37,8 +43,15 @@ class Piece(NamedTuple):
     block: MatrixBlock
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This block of a tensor shaped like the parameter, as a batch ``(matrices, out, in)``; a view if there is one."""
+        """This block of a tensor shaped like the parameter, ``(matrices, out, in)``; a view if there is one."""
+        if tensor.ndim == 2 and not self.block.layout.steps:
+            return tensor.unsqueeze(0)  # the common case, at a tenth of the cost of the general one
         return self.block.read(tensor).reshape(-1, *self.block.shape[-2:])
+
+    @property
+    def gradient(self) -> Tensor:
+        """The parameter's gradient, which is there."""
+        return self.parameter.grad  # pyright: ignore[reportReturnType]
 
 
 class Muon(MatrixOptimizer):
@@ -77,6 +90,8 @@ class Muon(MatrixOptimizer):
             their own.
         blocks: The matrix blocks of each parameter, from ``matrices``; default read from the shape. ``optim.for_model``
             fills it in.
+        process_group: The processes that divide the work on replicated parameters (DDP): a group or ``"world"``;
+            default ``None``, every process updates everything. DTensors (FSDP2) divide it along their mesh in any case.
 
     Raises:
         OptionError: An option is out of range.
@@ -94,9 +109,9 @@ class Muon(MatrixOptimizer):
 
     Numerics:
         One buffer per parameter in the gradient's dtype (none for ``order="none"``), and one float32 per row with
-        ``normalize``. Equal shapes are stacked over the whole group, a few megabytes at a time. With ``order="pre"`` and
-        torch's options it follows ``torch.optim.Muon`` to the rounding of the iteration's dtype; unlike torch 2.13 it
-        does not normalise the buffer in place for bfloat16 parameters with ``nesterov=False``.
+        ``normalize``. Equal shapes are stacked over the whole group, a few megabytes at a time. With ``order="pre"``
+        and torch's options it follows ``torch.optim.Muon`` to the rounding of the iteration's dtype; unlike torch 2.13
+        it does not normalise the buffer in place for bfloat16 parameters with ``nesterov=False``.
 
     References:
         K. Jordan et al. (2024), Muon: an optimizer for hidden layers in neural networks. Tuddenham et al. (2022),
@@ -127,6 +142,7 @@ class Muon(MatrixOptimizer):
         decay: str = "decoupled",
         ns_dtype: torch.dtype | None = None,
         blocks: Mapping[Any, list[MatrixBlock]] | None = None,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -146,7 +162,11 @@ class Muon(MatrixOptimizer):
             "decay": decay,
             "ns_dtype": ns_dtype,
         }
-        super().__init__(params, defaults, blocks=blocks)
+        self._workspace = Workspace()
+        super().__init__(params, defaults, blocks=blocks, process_group=process_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_workspace": self._workspace}
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_rate(group, "weight_decay")
@@ -163,6 +183,19 @@ class Muon(MatrixOptimizer):
         check_iteration(steps=group["ns_steps"], **{name: group[name] for name in names})
         coefficient_table(group["ns_coefficients"], group["ns_steps"])
 
+    elementwise_state = ("momentum_buffer",)
+
+    def _has_owner_state(self, group: dict[str, Any]) -> bool:
+        return group["normalize"] is not None
+
+    def _cost(self, block: MatrixBlock, group: dict[str, Any]) -> float:
+        return block.count * iteration_flop(*block.shape[-2:], steps=group["ns_steps"])
+
+    def _update_shared(self, group: dict[str, Any], parameters: list[Tensor], exchange: MatrixExchange) -> None:
+        from orthokit.optim._sharded_update import update_directions
+
+        update_directions(self, group, parameters, exchange)
+
     def _update(self, group: dict[str, Any]) -> None:
         moved = [p for p in group["params"] if p.grad is not None and p.numel()]
         if not moved:
@@ -172,8 +205,7 @@ class Muon(MatrixOptimizer):
             torch._foreach_lerp_(buffers, [p.grad for p in moved], 1 - group["momentum"])
         pieces = [Piece(p, block) for p in moved for block in self._blocks[p]]
         for chunk in chunks(pieces):
-            inputs = self._polar_inputs(chunk, group)
-            self._apply(chunk, self._directions(chunk, inputs, group), group)
+            self._apply(chunk, self._directions(chunk, self._stack(chunk, group), group), group)
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -181,17 +213,39 @@ class Muon(MatrixOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
-    def _polar_inputs(self, chunk: list[Piece], group: dict[str, Any]) -> list[Tensor]:
-        """What the polar factor is taken of: the filtered gradient for "pre", the gradient itself otherwise."""
-        grads = [piece.of(piece.parameter.grad) for piece in chunk]
-        if group["order"] != "pre":
-            return grads
-        buffers = [piece.of(self.state[piece.parameter]["momentum_buffer"]) for piece in chunk]
-        return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
+    def _stack(self, chunk: list[Piece], group: dict[str, Any]) -> Tensor:
+        """What the polar factors are taken of, ``(matrices, out, in)`` in the dtype of the products.
 
-    def _directions(self, chunk: list[Piece], inputs: list[Tensor], group: dict[str, Any]) -> Tensor:
-        """The (normalised) polar factors of a chunk, ``(matrices, out, in)`` in the dtype of the iteration."""
-        stack = orthogonalize_(stacked(inputs, group), **iteration_options(group))
+        The filtered gradients for "pre", the gradients themselves otherwise.
+        """
+        grads = [piece.of(piece.gradient) for piece in chunk]
+        if group["order"] != "pre":
+            return self._stacked(grads, group)
+        buffers = [piece.of(self.state[piece.parameter]["momentum_buffer"]) for piece in chunk]
+        if not group["nesterov"]:
+            return self._stacked(buffers, group)
+        return self._stacked(grads, group, blend=buffers)
+
+    def _stacked(self, inputs: list[Tensor], group: dict[str, Any], blend: list[Tensor] | None = None) -> Tensor:
+        """Batches of equal shape as one, cast on the way; with ``blend``, moved towards it by the momentum before."""
+        first, momentum = inputs[0], group["momentum"]
+        counts = [x.shape[0] for x in inputs]
+        size = (sum(counts), *first.shape[1:])
+        stack = self._workspace.get("stack", size, iteration_dtype(first, group), first.device)
+        slots = stack.split(counts)
+        if blend is not None and first.numel() >= _LARGE:
+            for slot, x, y in zip(slots, inputs, blend, strict=True):
+                slot.copy_(torch.lerp(x, y, momentum, out=self._scratch(x)))
+        else:
+            torch._foreach_copy_(slots, inputs if blend is None else torch._foreach_lerp(inputs, blend, momentum))
+        return stack
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        return self._workspace.get("scratch", tuple(like.shape), like.dtype, like.device)
+
+    def _directions(self, chunk: list[Piece], stack: Tensor, group: dict[str, Any]) -> Tensor:
+        """The (normalised) polar factors of a chunk, ``(matrices, out, in)``; ``stack`` is used up."""
+        stack = orthogonalize_(stack, **iteration_options(group), workspace=self._workspace)
         return stack if group["normalize"] is None else self._equalize(chunk, stack, group)
 
     def _equalize(self, chunk: list[Piece], stack: Tensor, group: dict[str, Any]) -> Tensor:
@@ -220,15 +274,22 @@ class Muon(MatrixOptimizer):
 
     def _apply(self, chunk: list[Piece], directions: Tensor, group: dict[str, Any]) -> None:
         """Decay and move the weights of a chunk along its directions."""
-        first = chunk[0].parameter
-        parts = list(directions.to(first.dtype).split([piece.block.count for piece in chunk]))
-        if group["order"] == "post":
-            parts = self._filtered(chunk, parts, group)
+        counts = [piece.block.count for piece in chunk]
         lr = float(group["lr"])
-        ratio = lr_ratio(group["adjust_lr_fn"], *chunk[0].block.shape[-2:])
+        rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *chunk[0].block.shape[-2:])
         weights = [piece.of(piece.parameter) for piece in chunk]
-        decay(weights, parts, rate=lr * group["weight_decay"], rule=group["decay"])
-        torch._foreach_add_(weights, parts, alpha=-lr * ratio)
+        dtype = weights[0].dtype
+        if group["order"] != "post" and weights[0].numel() >= _LARGE:
+            for weight, part in zip(weights, directions.split(counts), strict=True):
+                direction = part if part.dtype == dtype else self._scratch(weight).copy_(part)
+                decay([weight], [direction], rate=rate, rule=group["decay"])
+                weight.add_(direction, alpha=-lr * ratio)
+        else:
+            parts = list(directions.to(dtype).split(counts))
+            if group["order"] == "post":
+                parts = self._filtered(chunk, parts, group)
+            decay(weights, parts, rate=rate, rule=group["decay"])
+            torch._foreach_add_(weights, parts, alpha=-lr * ratio)
         write_back(chunk, weights)
 
     def _filtered(self, chunk: list[Piece], parts: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -266,7 +327,7 @@ class Muon(MatrixOptimizer):
             >>> bool(optimizer.report(time=False)["mean_error"].item() < 1e-3)
             True
         """
-        return update_report(self, time=time)
+        return self._report(lambda: update_report(self, time=time))
 
 
 def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -274,7 +335,7 @@ def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     alike: dict[tuple, list[Piece]] = defaultdict(list)
     for piece in pieces:
         p = piece.parameter
-        alike[(*piece.block.shape[-2:], p.dtype, p.grad.dtype, p.device)].append(piece)
+        alike[(*piece.block.shape[-2:], p.dtype, piece.gradient.dtype, p.device)].append(piece)
     for members in alike.values():
         room = _CHUNK.get(members[0].parameter.device.type, _CHUNK_ELSEWHERE)
         chunk, size = [], 0
@@ -297,15 +358,6 @@ def iteration_options(group: dict[str, Any]) -> dict[str, Any]:
         "scaling": group["scaling"],
         "eps": group["eps"],
     }
-
-
-def stacked(inputs: list[Tensor], group: dict[str, Any]) -> Tensor:
-    """Batches of equal shape as one, cast to the dtype of the products on the way."""
-    first = inputs[0]
-    size = (sum(len(x) for x in inputs), *first.shape[1:])
-    stack = torch.empty(size, dtype=iteration_dtype(first, group), device=first.device)
-    torch._foreach_copy_(list(stack.split([len(x) for x in inputs])), inputs)
-    return stack
 
 
 def iteration_dtype(x: Tensor, group: dict[str, Any]) -> torch.dtype:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 from orthokit.errors import OptionError, ParameterError, unknown_name
 from orthokit.matrices import MatrixTable, matrices
 from orthokit.optim.base import MatrixOptimizer
-from orthokit.optim.blocks import check_gradients
 from orthokit.optim.muon import Muon
+from orthokit.optim.pion import Pion
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["OPTIMIZERS", "RoutedOptimizer", "for_model"]
 
-OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {"muon": Muon}
+OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {"muon": Muon, "pion": Pion}
 
 
 class RoutedOptimizer(torch.optim.Optimizer):
@@ -64,10 +65,20 @@ class RoutedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._link()
 
+    @property
+    def matrix(self) -> MatrixOptimizer:
+        """The optimizer of the matrices."""
+        return cast("MatrixOptimizer", self.parts[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The options and the state of both parts; see ``MatrixOptimizer.state_dict``."""
+        return self.matrix.gathered(super().state_dict(), self.param_groups)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` gave; the next step is the one that would have followed."""
         super().load_state_dict(state_dict)
         self._link()
+        self.matrix.adopt(self, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for the construction: new parameters need a new routing.
@@ -96,8 +107,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
-        check_gradients((self._names[p], p.grad) for p in moved)
+        self.matrix.check([(self._names[p], p) for group in self.param_groups for p in group["params"]])
         for part in self.parts:
             # The matrices' gradients are checked already.
             part.update() if isinstance(part, MatrixOptimizer) else part.step()
@@ -130,14 +140,15 @@ def for_model(
     exclude: Any = None,
     **options: Any,
 ) -> RoutedOptimizer:
-    r"""One optimizer for all of ``model``: its hidden matrices to Muon, embeddings, heads, norms and biases to AdamW.
+    r"""One optimizer for all of ``model``: its hidden matrices to Muon or Pion, embeddings, heads, norms and biases to
+    AdamW.
 
     Args:
         model: Any module; only parameters that require gradients are given to an optimizer.
-        name_or_class: ``"muon"`` or the class.
+        name_or_class: ``"muon"``, ``"pion"`` or a class.
         lr: Learning rate of the matrices, ``>= 0``.
-        fallback_lr: Learning rate of AdamW; default ``lr``. That fits because the matrices default to
-            ``adjust_lr_fn="match_rms_adamw"`` here, which gives their updates the size AdamW's have.
+        fallback_lr: Learning rate of AdamW; default ``lr``. That fits because the matrices' updates have the size
+            AdamW's have: Muon defaults to ``adjust_lr_fn="match_rms_adamw"`` here, Pion's ``rms`` is the same 0.2.
         fallback_betas: AdamW's averaging; default (0.9, 0.95).
         fallback_weight_decay: AdamW's decay, ``>= 0``; default 0: it holds norms, biases and embeddings.
         split_heads: See :func:`orthokit.matrices.matrices`; default none.
@@ -171,7 +182,8 @@ def for_model(
         raise ParameterError(
             f"{type(model).__name__} has no trainable matrix for {kind.__name__}; use torch.optim.AdamW."
         )
-    options.setdefault("adjust_lr_fn", "match_rms_adamw")
+    if "adjust_lr_fn" in inspect.signature(kind).parameters:
+        options.setdefault("adjust_lr_fn", "match_rms_adamw")
     matrix = kind([(name, p) for name, p in named.items() if p in blocks], lr=lr, blocks=blocks, **options)
     rest = [(name, p) for name, p in named.items() if p not in blocks]
     fallback = None

@@ -6,7 +6,33 @@ from pathlib import Path
 
 from orthokit.errors import unknown_name
 from orthokit.studies._engine import Study, evidence_root, load_evidence, run_study
+from orthokit.studies.coefficients import (
+    compare_recipes,
+    head_split,
+    mean_miss,
+    orthogonality,
+    relative_to,
+    reported_step,
+    scalar_maps,
+    scale_rules,
+    start_ranges,
+    step_length,
+    train_recipes,
+    values_after,
+)
 from orthokit.studies.energy import energies, energy_changes, spread_on_sphere
+from orthokit.studies.maps import (
+    LiveErrors,
+    adviser_table,
+    error_curves,
+    live_drift,
+    live_errors,
+    parity_errors,
+    plane_curves,
+    planes_at_norms,
+    simulate_merges,
+)
+from orthokit.studies.optimizer_race import TRACKS, Track, enter, race_once
 from orthokit.studies.pipelines import (
     ORDERS,
     PIPELINES,
@@ -19,6 +45,27 @@ from orthokit.studies.pipelines import (
     rate_curves,
     train_pipeline,
 )
+from orthokit.studies.poet import (
+    DRIFT_VARIANTS,
+    POET_METHODS,
+    POET_STUDY,
+    compare_methods,
+    drift_curves,
+    identity_errors,
+    initial_norms,
+    merge_schedules,
+    spectrum_along_training,
+    train_method,
+    train_poet,
+)
+from orthokit.studies.poet_memory import (
+    LAYER_KINDS,
+    LLAMA,
+    layer_bytes,
+    memory_on_paper,
+    memory_table,
+    trainable_by_block,
+)
 from orthokit.studies.probe import (
     Probe,
     alignments,
@@ -27,6 +74,22 @@ from orthokit.studies.probe import (
     polar_alignment,
     probe_along_training,
 )
+from orthokit.studies.race_claims import PUBLISHED_DUELS, Duel, duel_margins, race_and_fit
+from orthokit.studies.race_results import (
+    first_updates,
+    polar_overhead,
+    race_costs,
+    race_curves,
+    race_differences,
+    race_finals,
+    race_live,
+    race_rates,
+    race_summary,
+    tuned_rates,
+)
+from orthokit.studies.race_study import RACE
+from orthokit.studies.recipes import PLAIN, SPECTRA, Recipe, lab_recipes, published_recipes, with_spectrum
+from orthokit.studies.rotations import RotationRun, adapt_by_rotation
 from orthokit.studies.synthetic import (
     BETAS,
     PUBLISHED_RANK_3,
@@ -38,37 +101,101 @@ from orthokit.studies.synthetic import (
 
 __all__ = [
     "BETAS",
+    "DRIFT_VARIANTS",
+    "LAYER_KINDS",
+    "LLAMA",
     "ORDERS",
+    "PLAIN",
+    "POET_METHODS",
+    "POET_STUDY",
+    "PUBLISHED_DUELS",
     "PUBLISHED_RANK_3",
+    "SPECTRA",
     "STUDIES",
+    "TRACKS",
+    "Duel",
+    "LiveErrors",
     "Probe",
+    "Recipe",
+    "RotationRun",
     "Study",
+    "Track",
+    "adapt_by_rotation",
+    "adviser_table",
     "alignments",
     "at_rates",
     "best_lr",
+    "compare_methods",
     "compare_optimizers",
+    "compare_recipes",
     "compare_with_published",
     "curves",
+    "drift_curves",
+    "duel_margins",
     "energies",
     "energy_changes",
+    "enter",
+    "error_curves",
     "evidence_root",
     "final_values",
+    "first_updates",
+    "head_split",
+    "identity_errors",
+    "initial_norms",
+    "lab_recipes",
+    "layer_bytes",
+    "live_drift",
+    "live_errors",
     "load_evidence",
+    "mean_miss",
     "measure_gap",
     "measure_probe",
+    "memory_on_paper",
+    "memory_table",
+    "merge_schedules",
     "names",
+    "orthogonality",
+    "parity_errors",
     "pipeline_lead",
+    "plane_curves",
+    "planes_at_norms",
     "polar_alignment",
+    "polar_overhead",
     "probe_along_training",
+    "published_recipes",
     "race",
+    "race_and_fit",
+    "race_costs",
+    "race_curves",
+    "race_differences",
+    "race_finals",
+    "race_live",
+    "race_once",
+    "race_rates",
+    "race_summary",
     "rate_curves",
+    "relative_to",
+    "reported_step",
     "run",
+    "scalar_maps",
+    "scale_rules",
     "side_by_side",
+    "simulate_merges",
+    "spectrum_along_training",
     "spread_on_sphere",
+    "start_ranges",
+    "step_length",
+    "train_method",
     "train_pipeline",
+    "train_poet",
+    "train_recipes",
+    "trainable_by_block",
+    "tuned_rates",
+    "values_after",
+    "with_spectrum",
 ]
 
-STUDIES: dict[str, Study] = {study.name: study for study in (PIPELINES, SYNTHETIC_GAP)}
+STUDIES: dict[str, Study] = {study.name: study for study in (PIPELINES, POET_STUDY, RACE, SYNTHETIC_GAP)}
 
 
 def names() -> list[str]:
@@ -76,7 +203,7 @@ def names() -> list[str]:
 
     Example:
         >>> names()
-        ['pipelines', 'synthetic_gap']
+        ['pipelines', 'poet_drift', 'race', 'synthetic_gap']
     """
     return sorted(STUDIES)
 

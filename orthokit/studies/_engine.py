@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +43,9 @@ class Study:
         measure: ``measure(unit)`` makes one and returns its rows; a module-level function, so that workers find it.
         summarise: Turns all rows into the table that is kept; default all rows as they are.
         seeds: Default number of seeds.
+        depends: ``depends(unit)`` names the files of the library, as patterns, that the rows of a unit depend on. Each
+            unit then carries its own hash: it stays valid while other files change, also once it is published, and is
+            measured again when its own do. Default: all files, one hash, and every run measures all.
     """
 
     name: str
@@ -51,15 +54,30 @@ class Study:
     measure: Callable[[Unit], list[Row]]
     summarise: Callable[[pd.DataFrame], pd.DataFrame] | None = None
     seeds: int = 5
+    depends: Callable[[Unit], Sequence[str]] | None = None
 
 
-def source_hash() -> str:
-    """Twelve hexadecimal digits that change with any line of the library that a measurement can depend on."""
+def source_hash(patterns: Sequence[str] = ("**/*.py",)) -> str:
+    """Twelve hexadecimal digits that change with any line of the library that a measurement can depend on.
+
+    Args:
+        patterns: Files of the package, as patterns; default all.
+
+    Returns:
+        The digits.
+
+    Raises:
+        ReportError: A pattern that fits no file: the hash would miss what it is there for.
+    """
     root = Path(orthokit.__file__).parent
     # What draws, reports and talks to people sits above the studies and cannot change what they measure.
     above = ("figures", "reports", "cli.py", "doctor.py", "__init__.py")
+    found = {pattern: list(root.glob(pattern)) for pattern in patterns}
+    if missing := [pattern for pattern, paths in found.items() if not paths]:
+        raise ReportError(f"no file of the library fits {', '.join(missing)}; the study names what it depends on.")
+    everything = {path for paths in found.values() for path in paths}
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in above):
+    for path in sorted(p for p in everything if p.relative_to(root).parts[0] not in above):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -130,18 +148,29 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "partial.jsonl"
     units = study.units(size, count)
-    header = {"study": study.name, "source": source_hash(), "size": size, "seeds": count, "units": len(units)}
-    done = {} if fresh else _recorded(partial, header)
+    header: dict[str, Any] = {"study": study.name, "size": size}
+    sources = {}
+    if study.depends is None:
+        header |= {"source": source_hash(), "seeds": count, "units": len(units)}
+    else:
+        sources = {_key(unit): source_hash(study.depends(unit)) for unit in units}
+    recorded = {} if fresh else {**(_published(folder, header) if sources else {}), **_recorded(partial, header)}
+    done = {key: rows for key, (source, rows) in recorded.items() if source == sources.get(key)}
     started = time.time()
-    if not done:
+    if fresh or not partial.exists():
         partial.write_text(json.dumps(header) + "\n")
     todo = [unit for unit in units if _key(unit) not in done]
     with partial.open("a") as file, Progress(study.name, steps=len(units), start=len(done), enabled=progress) as bar:
         for unit, rows in _measured(study, todo, jobs):
             done[_key(unit)] = rows
-            file.write(json.dumps({"unit": unit, "rows": rows}) + "\n")
+            kept = {"unit": unit, "rows": rows} | ({"source": sources[_key(unit)]} if sources else {})
+            file.write(json.dumps(kept) + "\n")
             file.flush()
             bar.update(len(done), {})
+    if sources:
+        measured = [{"unit": u, "source": sources[_key(u)], "rows": len(done[_key(u)])} for u in units]
+        together = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:12]
+        header |= {"source": together, "seeds": count, "units": len(units), "measured": measured}
     return _publish(study, folder, header, [done[_key(unit)] for unit in units], jobs, time.time() - started)
 
 
@@ -149,8 +178,8 @@ def _key(unit: Unit) -> str:
     return json.dumps(unit, sort_keys=True)
 
 
-def _recorded(partial: Path, header: dict[str, Any]) -> dict[str, list[Row]]:
-    """What an earlier, interrupted run of the same study left."""
+def _recorded(partial: Path, header: dict[str, Any]) -> dict[str, tuple[str | None, list[Row]]]:
+    """What an earlier, interrupted run of the same study left: unit to its hash, if it has one, and its rows."""
     if not partial.exists():
         return {}
     lines = partial.read_text().splitlines()
@@ -169,8 +198,29 @@ def _recorded(partial: Path, header: dict[str, Any]) -> dict[str, list[Row]]:
             entry = json.loads(line)
         except ValueError:
             break  # the line that a kill cut short; its unit is measured again
-        done[_key(entry["unit"])] = entry["rows"]
+        done[_key(entry["unit"])] = (entry.get("source"), entry["rows"])
     return done
+
+
+def _published(folder: Path, header: dict[str, Any]) -> dict[str, tuple[str | None, list[Row]]]:
+    """The units of the published record of the same study, in the form of :func:`_recorded`."""
+    import pandas as pd
+
+    try:
+        record = json.loads((folder / "study.json").read_text())
+        if any(record[name] != value for name, value in header.items()):
+            return {}
+        rows = pd.read_csv(folder / "results.csv").to_dict("records")
+        counts = [entry["rows"] for entry in record["measured"]]
+    except (OSError, ValueError, KeyError):
+        return {}  # nothing published, or nothing that can be taken over
+    if sum(counts) != len(rows):
+        return {}  # summarised, or edited by hand
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return {
+        _key(entry["unit"]): (entry["source"], rows[end - count : end])
+        for entry, end, count in zip(record["measured"], ends, counts, strict=True)
+    }
 
 
 def _measured(study: Study, units: list[Unit], jobs: int) -> Iterator[tuple[Unit, list[Row]]]:
@@ -206,6 +256,7 @@ def _publish(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds_of_last_session": round(seconds),
         "columns": list(table.columns),
+        **{name: header[name] for name in ("measured",) if name in header},
     }
     (folder / "results.csv.tmp").write_text(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     (folder / "study.json.tmp").write_text(json.dumps(record, indent=1) + "\n")

@@ -99,3 +99,32 @@ def test_controls_are_described_by_the_parameters() -> None:
     assert (fields["ratio"]["kind"], fields["ratio"]["max"], fields["ratio"]["digits"]) == ("range", 0.995, 3)
     assert fields["rate"]["scale"] == "log"
     assert fields["kind"]["choices"][0] == {"value": "a", "label": "first", "help": ""}
+
+
+class Several(Settings):
+    chosen = param.ListSelector(default=["a"], objects=["a", "b", 3], label="Letters")
+
+    SETTINGS = ("chosen",)
+    WORDS: ClassVar = {"chosen": {"a": "first"}}
+
+
+def test_several_choices_are_read_from_text_and_lists_in_their_own_order() -> None:
+    assert read(Several(), "chosen", "3,a") == ["a", 3]
+    assert read(Several(), "chosen", ["b", "a"]) == ["a", "b"]
+    for bad, found in (("", "none"), ([], "none"), ("a,c", "'c'")):
+        with pytest.raises(OptionError, match=f"Letters must be one or more of a, b, 3; got {found}"):
+            read(Several(), "chosen", bad)
+
+
+def test_several_choices_go_into_an_address_and_come_back() -> None:
+    state = Several(chosen=["b", 3])
+    assert write_query(state) == "chosen=b,3"
+    again = Several()
+    assert read_query(again, "?chosen=b%2C3") == []
+    assert again.chosen == ["b", 3] and write_query(Several()) == ""
+
+
+def test_several_choices_are_described_with_their_words() -> None:
+    (field,) = describe(Several())
+    assert field["kind"] == "several"
+    assert [choice["label"] for choice in field["choices"]] == ["first", "b", "3"]

@@ -94,10 +94,10 @@ def get(url: str) -> str:
         return answer.read().decode()
 
 
-def test_the_index_leads_to_both_pages_and_each_is_whole(server: str, runs_folder: Path) -> None:
+def test_the_index_leads_to_all_pages_and_each_is_whole(server: str, runs_folder: Path) -> None:
     index = get(server)
     assert str(runs_folder) in index
-    for page, title in (("momentum", "Momentum gap"), ("training", "Live training")):
+    for page, title in (("momentum", "Momentum gap"), ("training", "Live training"), ("race", "Optimizer race")):
         assert f'href="{page}"' in index
         html = get(server + page)
         assert f"<title>{title} · orthokit</title>" in html

@@ -112,18 +112,17 @@ def test_names_that_are_no_candidates_are_refused(options):
         result({"b": [1.0]}, **options)
 
 
-def test_quick_run_of_the_optimizers_measures_and_saves(results, capsys):
-    assert command.main(["optimizers", "--quick", "--save", "--rounds", "2"]) == 0
-    content = json.loads((results / "optimizers.json").read_text())
-    assert content["machine"]["threads"] == content["options"]["threads"] == 1
-    for case in content["cases"]:
-        names = case["candidates"].keys()
-        assert {"orthokit Muon", "torch.optim.Muon", "AdamW fused"} < names and case["baseline"] == "torch.optim.Muon"
-        for name, row in case["candidates"].items():
-            assert len(row["wall_seconds"]) == 2 and min(row["wall_seconds"]) > 0
-            assert (row["median_ratio"] == 1.0) == (name == case["baseline"])
-    printed = capsys.readouterr().out
-    assert printed.count("orthokit Muon") == 2 and "written:" in printed
+def test_a_benchmark_can_have_a_file_for_each_number_of_threads(results, capsys):
+    for threads in ("1", "2"):
+        arguments = ["--save", "--rounds", "1", "--threads", threads]
+        harness.run("demo", "Demo.", lambda options: [Case("t", {"b": list}, "b")], arguments, by_threads=True)
+    assert sorted(path.name for path in results.iterdir()) == ["demo_1thread.json", "demo_2threads.json"]
+
+
+def test_notes_stand_under_the_table_and_in_the_file(results):
+    found = result({"b": [1.0]}, notes=("Rivals: none.",))
+    assert table(found).splitlines()[-1] == "Rivals: none."
+    assert found.as_json()["notes"] == ["Rivals: none."]
 
 
 def test_every_benchmark_is_listed_with_its_first_line(capsys):

@@ -13,6 +13,7 @@ from orthokit.errors import DtypeError, NonFiniteError, OptionError, ShapeError,
 T = [1, 2, 5, 10, 100]
 BETAS = [0.0, 0.5, 0.9, 0.99]
 STEPS = np.arange(0, 50, 10)
+PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost")
 
 
 def charts():
@@ -38,6 +39,17 @@ def charts():
         "energy_by_dimension": F.energy_by_dimension([4, 8], {"random": [0.8, 0.75]}, expected=[0.85, 0.77]),
         "energy_change": F.energy_change([0.1, 1], {"rotation": [0, 1e-16], "noise": [1e-3, 1e-2]}),
         "energy_pairs": F.energy_pairs({"random": rng.uniform(-1, 1, 100)}, dimension=1024),
+        "error_laws": F.error_laws(
+            [0.1, 0.3], {"k = 2": [1e-6, 7e-4], "p = 2": [0, 1]}, measured={"p = 2": ([0.2], [0.1])}
+        ),
+        "error_parity": F.error_parity([1, 2, 3], {"0.3": [0.2, 7e-4, 1.6e-2]}, products=[1, 2, 2]),
+        "singular_values_by_angle": F.singular_values_by_angle([0, 1, 2], {"a": [1, 0, 3]}, measured={"a": ([1], [0])}),
+        "merge_drift": F.merge_drift([0, 9], {"a": rng.random((3, 2)), "b": [0, -1]}, predicted={"b": [0, -1]}),
+        "map_adviser": F.map_adviser([0.1, 1], {"0.01": [2, np.nan]}, names={"0.01": ["two terms", "exact"]}),
+        "table_maps": F.table_maps({"a": ([0.1, 1], [0.5, 1]), "b": ([0.1, 1], [-1, 1.2]), "c": ([0.1, 1], [1, 1])}),
+        "before_after": F.before_after({"1/k": [1, 0.5]}, {"1/k": {"a": [1, 0.9], "b": [np.nan, np.nan]}}),
+        "accuracy_cost": F.accuracy_cost({"1/k": {"a x5": (1, 0.1), "b": (2, 0.01), "c": (1, np.inf)}}, limit=1.3),
+        "scaling_ranges": F.scaling_ranges({"1/k": {"a": (0.1, 1), "b": (0.2, 1)}}, {"1/k": {"a": 0.1, "b": 0.2}}),
         "energy_by_matrix": F.energy_by_matrix(["a", "b"], {"trained": [0.8, 0.7], "uniform": [0.7, 0.75]}),
     }
 
@@ -54,8 +66,8 @@ def test_a_chart_is_plain_json_and_valid_plotly_with_question_and_caption(name, 
     assert layout["meta"]["chart"] == name
     assert layout["uirevision"] == name
     for key, axis in layout.items():
-        # The gap's upper panel shares the lower one's horizontal axis; nothing else may lack a label.
-        if key.startswith(("xaxis", "yaxis")) and name != "energy_by_matrix":
+        # Panels beside each other share the labels of the first; nothing else may lack one.
+        if key.startswith(("xaxis", "yaxis")) and name not in PANELS:
             assert axis["title"]["text"]
 
 

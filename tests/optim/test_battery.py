@@ -19,6 +19,8 @@ CASES = [
     for order in (ORDERS if "order" in inspect.signature(kind).parameters else (None,))
 ]
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (3, 4, 6), (6, 3, 2, 2), (4, 2, 2, 3, 2)]
+# What an optimizer says it does not take; it must then refuse it, before it has kept anything.
+REAL_ONLY = {OPTIMIZERS["pion"]}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64]
 SCHEDULES = {
     "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=8, base_momentum=0.8, max_momentum=0.9),
@@ -54,12 +56,27 @@ def values(params: list[nn.Parameter]) -> list[Tensor]:
     return [p.detach().clone() for p in params]
 
 
+def refused(kind, options, dtype: torch.dtype) -> bool:
+    """Whether the optimizer declares that it takes no such parameters; that it says so itself is checked on the way."""
+    if kind not in REAL_ONLY or not dtype.is_complex:
+        return False
+    with pytest.raises(ParameterError, match=r"'parameter 0' is torch\.complex64"):
+        kind(parameters(dtype), lr=0.1, **options)
+    return True
+
+
+def first_momentum(group: dict) -> float:
+    return group["betas"][0] if "betas" in group else group["momentum"]
+
+
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_shape_moves_in_place_and_gradients_stay(kind, options, dtype):
+    if refused(kind, options, dtype):
+        return
     params = parameters(dtype)
     start, places = values(params), [p.data_ptr() for p in params]
     optimizer = kind(params, lr=0.1, **options)
@@ -95,6 +112,8 @@ def test_empty_parameters_are_stepped_over(kind, options, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_gradient_leaves_only_the_decay(kind, options, dtype):
+    if refused(kind, options, dtype):
+        return
     params = parameters(dtype)
     start = values(params)
     optimizer = kind(params, lr=0.5, weight_decay=0.25, **options)
@@ -174,12 +193,12 @@ def test_convolution_is_the_flattened_matrix(kind, options):
 
 def test_closure_is_called_once_with_gradients_on(kind, options):
     p = nn.Parameter(randn(4, 6))
-    optimizer, calls = kind([p], lr=0.1, **options), []
+    slope, optimizer, calls = randn(4, 6, seed=1), kind([p], lr=0.1, **options), []
 
     def closure() -> Tensor:
         calls.append(torch.is_grad_enabled())
         optimizer.zero_grad()
-        loss = p.square().sum()
+        loss = (p * slope).sum()
         loss.backward()
         return loss
 
@@ -187,7 +206,7 @@ def test_closure_is_called_once_with_gradients_on(kind, options):
     with torch.no_grad():
         loss = optimizer.step(closure)
     assert calls == [True] and not torch.equal(p, before)
-    assert loss.item() == pytest.approx(before.square().sum().item())
+    assert loss.item() == pytest.approx((before * slope).sum().item())
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
@@ -197,7 +216,7 @@ def test_schedulers_of_torch_drive_it(kind, options, name):
     scheduler, seen = SCHEDULES[name](optimizer), []
     for step in range(6):
         group = optimizer.param_groups[0]
-        seen.append((group["lr"], group["momentum"]))
+        seen.append((group["lr"], first_momentum(group)))
         before = values(params)
         give_gradients(params, step)
         optimizer.step()
@@ -225,6 +244,8 @@ def test_tensor_learning_rate_is_read_at_every_step(kind, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("through_file", [False, True], ids=["memory", "file"])
 def test_resume_is_exact_to_the_bit(kind, options, dtype, through_file):
+    if refused(kind, options, dtype):
+        return
     straight = parameters(dtype)
     first = kind(straight, lr=0.1, **options)
     for step in range(2):
@@ -262,13 +283,15 @@ def test_deep_copy_goes_on_by_itself(kind, options):
 
 
 def test_group_options_override_the_defaults(kind, options):
-    slow, fast = nn.Parameter(randn(4, 6)), nn.Parameter(randn(4, 6))
+    slow, fast = (nn.Parameter(randn(4, 6, dtype=torch.float64)) for _ in range(2))
     start = slow.detach().clone()
-    optimizer = kind([{"params": [slow]}, {"params": [fast], "lr": 0.5}], lr=0.1, weight_decay=0.0, **options)
+    # So small that a step is proportional to the learning rate even where it turns.
+    groups = [{"params": [slow]}, {"params": [fast], "lr": 5e-6}]
+    optimizer = kind(groups, lr=1e-6, weight_decay=0.0, **options)
     for p in (slow, fast):
-        p.grad = randn(4, 6, seed=9)
+        p.grad = randn(4, 6, seed=9, dtype=torch.float64)
     optimizer.step()
-    torch.testing.assert_close((fast - start).detach(), 5 * (slow - start).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((fast - start).detach(), 5 * (slow - start).detach(), rtol=1e-4, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +329,8 @@ def test_added_group_is_stepped(kind, options):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gradient_that_is_not_finite_stops_before_anything_moves(kind, options, bad, dtype):
+    if refused(kind, options, dtype):
+        return
     params = parameters(dtype)
     optimizer = kind([(f"layer{i}.weight", p) for i, p in enumerate(params)], lr=0.1, **options)
     give_gradients(params, 0)

@@ -102,3 +102,58 @@ def test_worker_processes_give_the_same_table(tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_csv(one / "results.csv"), pd.read_csv(two / "results.csv"), rtol=1e-4, atol=1e-6
     )
+
+
+def _told(*, seeds=2, factor=10, sources=("errors.py",)):
+    """A study whose units carry their own hashes."""
+    measured = []
+
+    def units(size, seeds):
+        return [{"x": x, "seeds": seeds} for x in (1, 2)]
+
+    def measure(unit):
+        measured.append(unit["x"])
+        if unit["x"] == _told.fail_at:
+            raise KeyboardInterrupt
+        return [{"x": unit["x"], "value": unit["x"] * factor}]
+
+    study = Study("told", "?", units, measure, seeds=seeds, depends=lambda unit: sources[: unit["x"]])
+    return study, measured
+
+
+_told.fail_at = 0
+
+
+def test_a_unit_with_its_own_hash_survives_a_change_elsewhere_and_no_other(tmp_path):
+    first, _ = _told(sources=("errors.py", "device.py"))
+    run_study(first, out=tmp_path, progress=False)
+    record = load_evidence("told", root=tmp_path)[1]
+    assert [entry["unit"]["x"] for entry in record["measured"]] == [1, 2]
+    # The files behind unit 2 are others now, those of unit 1 are not.
+    second, measured = _told(sources=("errors.py", "linalg/*.py"), factor=100)
+    run_study(second, out=tmp_path, progress=False)
+    table, again = load_evidence("told", root=tmp_path)
+    assert measured == [2] and table["value"].tolist() == [10, 200]
+    assert again["source"] != record["source"] and again["measured"][0] == record["measured"][0]
+
+
+def test_own_hashes_hold_for_an_interrupted_study_too_and_fresh_measures_all(tmp_path):
+    _told.fail_at = 2
+    try:
+        first, _ = _told()
+        with pytest.raises(KeyboardInterrupt):
+            run_study(first, out=tmp_path, progress=False)
+    finally:
+        _told.fail_at = 0
+    second, measured = _told(factor=100)
+    run_study(second, out=tmp_path, progress=False)
+    assert measured == [2] and load_evidence("told", root=tmp_path)[0]["value"].tolist() == [10, 200]
+    third, measured = _told(factor=1)
+    run_study(third, out=tmp_path, progress=False, fresh=True)
+    assert measured == [1, 2] and load_evidence("told", root=tmp_path)[0]["value"].tolist() == [1, 2]
+
+
+def test_a_file_that_is_not_there_cannot_vouch_for_a_unit(tmp_path):
+    study, _ = _told(sources=("nowhere.py",))
+    with pytest.raises(ReportError, match=r"no file of the library fits nowhere\.py"):
+        run_study(study, out=tmp_path, progress=False)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthokit_widgets.momentum_view import MomentumPage
+    from orthokit_widgets.race_view import RacePage
     from orthokit_widgets.training_view import TrainingPage
 
-__all__ = ["momentum_page", "notebook", "training_page"]
+__all__ = ["momentum_page", "notebook", "race_page", "training_page"]
 
 
 def notebook() -> None:
@@ -47,6 +48,29 @@ def momentum_page(**settings: Any) -> MomentumPage:
     from orthokit_widgets.momentum_view import MomentumPage
 
     return MomentumPage(**settings)
+
+
+def race_page(**settings: Any) -> RacePage:
+    """The page "Optimizer race": several optimizers train side by side on equal batches, with spectra and drift.
+
+    Args:
+        **settings: Where to start: ``racers`` (a list of names from ``orthokit.lab.contestants()``), ``track``,
+            ``steps``, ``seed``, and for each racer ``rate_<name>``, its learning rate over the one tuned for it.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = race_page(racers=["adamw", "muon_pre"], track="cnn", steps=50)
+        >>> page.state.sentence
+        'Ready: press Start.'
+    """
+    from orthokit_widgets.race_view import RacePage
+
+    return RacePage(**settings)
 
 
 def training_page(**settings: Any) -> TrainingPage:

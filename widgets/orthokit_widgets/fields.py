@@ -76,6 +76,8 @@ def _describe(state: Settings, name: str) -> dict[str, Any]:
     if isinstance(parameter, param.Selector):
         words = {**state.WORDS.get(name, {}), **state.SEGMENTS.get(name, {})}
         choices = [{"value": str(item), "label": words.get(item, str(item)), "help": ""} for item in parameter.objects]
+        if isinstance(parameter, param.ListSelector):
+            return field | {"kind": "several", "choices": choices}
         return field | {"kind": "segments" if name in state.SEGMENTS else "choice", "choices": choices}
     low, high = parameter.bounds
     step = parameter.step or 1
@@ -103,6 +105,8 @@ def read(state: Settings, name: str, text: Any) -> Any:
     if name not in state.SETTINGS:
         raise unknown_name("setting", name, state.SETTINGS)
     parameter = state.param[name]
+    if isinstance(parameter, param.ListSelector):
+        return _read_several(parameter, text)
     if isinstance(parameter, param.Selector):
         for item in parameter.objects:
             if str(item) == str(text):
@@ -122,6 +126,17 @@ def read(state: Settings, name: str, text: Any) -> Any:
     step = parameter.step or 1
     value = low + round((value - low) / step) * step
     return int(value) if isinstance(parameter, param.Integer) else round(min(value, high), 10)
+
+
+def _read_several(parameter: param.ListSelector, text: Any) -> list[Any]:
+    """Some of the choices, in their own order, from a list or from text with commas."""
+    given = [str(item) for item in text] if isinstance(text, list | tuple) else [p for p in str(text).split(",") if p]
+    known = {str(item): item for item in parameter.objects}
+    unknown = [item for item in given if item not in known]
+    if unknown or not given:
+        found = repr(unknown[0][:40]) if unknown else "none"
+        raise OptionError(f"{parameter.label} must be one or more of {', '.join(known)}; got {found}.")
+    return [item for word, item in known.items() if word in given]
 
 
 def read_query(state: Settings, query: str) -> list[str]:
@@ -157,4 +172,11 @@ def write_query(state: Settings) -> str:
         The query without a question mark; empty when all is as it was.
     """
     moved = {name: value for name, value in state.values().items() if value != type(state).param[name].default}
-    return urlencode({name: f"{value:g}" if isinstance(value, float) else value for name, value in moved.items()})
+    return urlencode({name: _text(value) for name, value in moved.items()}, safe=",")
+
+
+def _text(value: Any) -> Any:
+    """A value as an address has it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else value

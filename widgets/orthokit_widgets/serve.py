@@ -20,6 +20,7 @@ __all__ = ["main", "make_server"]
 _ABOUT = {
     "momentum": "Pull momentum, noise and rank; see the singular values part into signal and noise.",
     "training": "Start, pause and stop a small training; watch its loss, spectra, gap and energy.",
+    "race": "Let several optimizers train side by side; watch loss, spectra and drift, per step or per second.",
 }
 
 
@@ -45,6 +46,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     from orthokit.lab.runs import runs_root
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.page import PAGES
+    from orthokit_widgets.race_view import RacePage
     from orthokit_widgets.training_view import TrainingPage
 
     folder = runs_root(root).resolve()
@@ -57,6 +59,10 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     def training() -> Any:
         pn.extension("plotly")
         return TrainingPage(links=True, root=folder)
+
+    def race() -> Any:
+        pn.extension("plotly")
+        return RacePage(links=True)
 
     links = "".join(f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items())
     template = Template((Path(__file__).parent / "assets" / "index.html").read_text(encoding="utf-8"))
@@ -80,7 +86,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         "websocket_origin": [f"{host}:{port}" for host in hosts],
         "use_index": False,
     }
-    pages: Any = {"momentum": momentum, "training": training}
+    pages: Any = {"momentum": momentum, "training": training, "race": race}
     server = get_server(pages, port=port, **options)
     if port == 0:
         # The origins have to name the port that the system chose.

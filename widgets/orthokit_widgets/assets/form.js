@@ -114,7 +114,22 @@ export function render({ model, el }) {
     return { inputs, set: (value) => { for (const input of inputs) input.checked = input.value === String(value); } };
   }
 
-  const kinds = { range, number, choice, segments };
+  function several(field, box) {
+    const label = make("span", { class: "label", id: `${id}-${field.name}-label` }, field.label);
+    const group = make("div", { class: "several", role: "group", "aria-labelledby": label.id });
+    const inputs = field.choices.map((option) => {
+      const part = make("label");
+      const input = make("input", { type: "checkbox", name: `${id}-${field.name}`, value: option.value });
+      input.addEventListener("change", () => send(field.name, inputs.filter((each) => each.checked).map((each) => each.value), true));
+      part.append(input, make("span", {}, option.label));
+      group.append(part);
+      return input;
+    });
+    box.append(label, group);
+    return { inputs, set: (value) => { for (const input of inputs) input.checked = value.map(String).includes(input.value); } };
+  }
+
+  const kinds = { range, number, choice, segments, several };
   let refusals;
   function build() {
     controls.clear();

@@ -1,0 +1,328 @@
+"""One Pion step on whole matrices of one shape: gradients and state in, rotated weights out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from orthokit.linalg._workspace import Workspace
+from orthokit.linalg.polar import orthogonalize_
+from orthokit.linalg.skew import packed_size
+from orthokit.optim._pion_maps import cayley_turn, gram_coefficients, map_coefficients
+from orthokit.optim._pion_skew import fold, product, skew_product, unfold
+
+__all__ = ["Chunk", "Side", "active_sides", "kept_sides"]
+
+# A step count at which Adam's bias corrections are 1 to rounding.
+_FAR = 1e9
+# The part of a folded matrix whose norm is looked at first; being a lower bound, it mostly settles the matter.
+_SAMPLE = 16
+
+
+class Side(NamedTuple):
+    """One of the two rotations: of the columns (``"in"``) or of the rows (``"out"``)."""
+
+    name: str
+    size: int
+
+    def turn(self, X: Tensor, A: Tensor, out: Tensor, add: Tensor | None = None, **factors: float) -> Tensor:
+        """``alpha X A`` or ``alpha A X``, plus ``beta add``."""
+        return product(X, A, out, add, **factors) if self.name == "in" else product(A, X, out, add, **factors)
+
+
+def kept_sides(sides: str, shape: tuple[int, int]) -> list[Side]:
+    """The sides whose moments are kept, larger first; a matrix of one column or row has nothing to turn there."""
+    both = [Side("in", shape[1]), Side("out", shape[0])]
+    wanted = [side for side in both if sides in ("both", "alternate", side.name) and side.size > 1]
+    # The first side needs one product less: what its size is measured with is already its first term.
+    return sorted(wanted, key=lambda side: -side.size)
+
+
+def active_sides(sides: str, shape: tuple[int, int], step: int) -> list[Side]:
+    """The sides that are turned at a step: with ``"alternate"`` the in-side at odd ones, the out-side at even ones."""
+    kept = kept_sides(sides, shape)
+    if sides != "alternate":
+        return kept
+    return [side for side in kept if side.name == ("in" if step % 2 else "out")]
+
+
+class Chunk:
+    """Matrices of one shape during one step.
+
+    Args:
+        W: ``(N, out, in)`` in float32 or float64; turned in place by :meth:`rotate`.
+        grads: ``(matrices, out, in)`` each, ``N`` in all, in any dtype.
+        states: What the state holds of these matrices, in the order of ``grads``: ``m_in``, ``m_out``, ``v_in``,
+            ``v_out`` (folded, or the mean squares alone) and ``momentum_buffer``, as far as the options need them.
+        group: Options.
+        step: The number of this step, from 1.
+        dtype: That of the products.
+        workspace: Scratch memory.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        group: dict[str, Any],
+        *,
+        step: int,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        self.W, self.grads, self.states, self.group, self.step = W, grads, states, group, step
+        self.dtype, self.workspace = dtype, workspace
+        self.counts = [len(grad) for grad in grads]
+        self.lr = float(group["lr"])
+        self.shape = (W.shape[-2], W.shape[-1])
+        self.turns: list[tuple[Side, Tensor, float]] = []
+        """The generators of the last :meth:`rotate` and their common factor, until the scratch memory is used again."""
+
+    def rotate(self) -> None:
+        """The step."""
+        group, W = self.group, self.W
+        if group["track"]:
+            self._begin_tracking()
+        if group["weight_decay"]:
+            W.mul_(1 - self.lr * group["weight_decay"])
+        inputs = self.grads if group["momentum"] == "lie" else self._ambient()
+        weight, gradient = self._narrow("weight", [W]), self._narrow("gradient", inputs)
+        # The products round once, and gradients come with the rounding of everything before them.
+        unit = max(torch.finfo(self.dtype).eps, 8 * torch.finfo(W.dtype).eps)
+        quiet = unit * _norms(W) * _norms(inputs[0] if len(inputs) == 1 else gradient)
+        active = active_sides(group["sides"], self.shape, self.step)
+        generators, strengths = {}, []
+        for side in kept_sides(group["sides"], self.shape):
+            halves = self._halves(side, "weight", [W], weight), self._halves(side, "gradient", inputs, gradient)
+            folded, strength = self._generator(side, *halves, quiet)
+            if side in active:
+                A = self._buffer(f"turn {side.name}", len(W), side.size, side.size)
+                generators[side] = unfold(folded, side.size, A)
+                strengths.append(strength)
+        if generators and self.lr:
+            self._turn(generators, weight, torch.stack(strengths).amax(0))
+
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.workspace.get(f"pion {name}", shape, dtype or self.dtype, self.W.device)
+
+    def _like(self, name: str) -> Tensor:
+        return self._buffer(name, *self.W.shape)
+
+    def _narrow(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """The tensors as one batch in the dtype of the products; itself if it is that already."""
+        if len(tensors) == 1 and tensors[0].dtype == self.dtype:
+            return tensors[0]
+        batch = self._like(name)
+        torch._foreach_copy_(list(batch.split([len(x) for x in tensors])), tensors)
+        return batch
+
+    def _ambient(self) -> list[Tensor]:
+        """The filtered gradients."""
+        moments = [state["momentum_buffer"] for state in self.states]
+        torch._foreach_lerp_(moments, [g.to(self.W.dtype) for g in self.grads], 1 - self.group["betas"][0])
+        return moments
+
+    def _halves(self, side: Side, name: str, wide: list[Tensor], narrow: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows (of the transpose, for the in-side) of a batch in two parts that products can read as they lie."""
+        big = side.size - side.size // 2
+        if side.name == "out":
+            return narrow[:, :big], narrow[:, big:]
+        parts = []
+        for start, stop in ((0, big), (big, side.size)):
+            part = self._buffer(f"{name} from {start}", len(narrow), self.shape[0], stop - start)
+            torch._foreach_copy_(list(part.split([len(x) for x in wide])), [x[:, :, start:stop] for x in wide])
+            parts.append(part.mT)
+        return parts[0], parts[1]
+
+    def _generator(
+        self, side: Side, weight: tuple[Tensor, Tensor], gradient: tuple[Tensor, Tensor], quiet: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The folded generator of a side before its scale, and its strength; the moments of the side are updated."""
+        group = self.group
+        S = self._buffer("generator", len(self.W), packed_size(side.size), dtype=self.W.dtype)
+        # W^T G - G^T W for the in-side, G W^T - W G^T for the out-side.
+        pair = (weight, gradient) if side.name == "in" else (gradient, weight)
+        skew_product(*pair, S, self.workspace)
+        summands = self.shape[0] if side.name == "in" else self.shape[1]
+        _silence(S, quiet / math.sqrt(2 * summands))
+        parts, size = list(S.split(self.counts)), S.shape[1]
+        seconds = [state[f"v_{side.name}"] for state in self.states]
+        if group["second_moment"]:
+            self._divide(side, parts, seconds)
+            return S, _norms(S, enough=self._usual() * math.sqrt(size)) / math.sqrt(size)
+        mean = _norms(S).square() / size
+        torch._foreach_lerp_(seconds, list(mean.unsqueeze(1).split(self.counts)), 1 - group["betas"][1])
+        if group["momentum"] == "lie":
+            firsts = [state[f"m_{side.name}"] for state in self.states]
+            torch._foreach_lerp_(firsts, parts, 1 - group["betas"][0])
+            torch._foreach_copy_(parts, firsts)
+        strength = _norms(S) / math.sqrt(size) / (torch.cat(seconds).squeeze(1).sqrt() + group["eps"])
+        if group["variant"] == "sign":
+            self._equalize(side, S)
+        return S.neg_(), strength
+
+    def _divide(self, side: Side, parts: list[Tensor], seconds: list[Tensor]) -> None:
+        """Moments of the generators, then ``-m / (sqrt(v) + eps)`` in their place."""
+        group = self.group
+        beta1, beta2 = group["betas"]
+        eps = group["eps"]
+        if group["rms"] is None:
+            eps *= math.sqrt(1 - beta2**self.step)  # so that the correction of the scale corrects eps as well
+        if group["momentum"] != "lie":
+            torch._foreach_mul_(seconds, beta2)
+            torch._foreach_addcmul_(seconds, parts, parts, value=1 - beta2)
+            roots = torch._foreach_sqrt(seconds)
+            torch._foreach_add_(roots, eps)
+            torch._foreach_div_(parts, roots)
+            torch._foreach_neg_(parts)
+            return
+        # AdamW's fused kernel does it in one pass over memory: with lr = weight_decay = 1 a parameter first becomes
+        # exactly 0 and then -m / (sqrt(v) + eps), so the gradient may serve as the parameter.
+        far = torch.full((), _FAR, dtype=torch.float32, device=self.W.device)
+        adamw(
+            parts,
+            parts,
+            [state[f"m_{side.name}"] for state in self.states],
+            seconds,
+            [],
+            [far] * len(parts),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=1.0,
+            weight_decay=1.0,
+            eps=eps,
+            maximize=False,
+        )
+
+    def _equalize(self, side: Side, S: Tensor) -> None:
+        """The matrix sign of the generators: all planes turn by nearly one angle."""
+        full = unfold(S, side.size, self._buffer(f"turn {side.name}", len(S), side.size, side.size))
+        X = orthogonalize_(
+            full, method="newton_schulz", steps=5, polish=0, coefficients=None, scaling="frobenius", eps=1e-7
+        )
+        fold(X - X.mT, S).div_(2)
+
+    def _usual(self) -> float:
+        """The strength at which a step still has its full size: a share of what pure noise has."""
+        beta1 = self.group["betas"][0]
+        return self.group["floor"] * math.sqrt((1 - beta1) / (1 + beta1))
+
+    def _turn(self, generators: dict[Side, Tensor], weight: Tensor, strength: Tensor) -> None:
+        group, W = self.group, self.W
+        first = {side: side.turn(weight, A, self._like(f"first {side.name}")) for side, A in generators.items()}
+        scale = self._scale(list(first.values()), strength)
+        alpha = 1.0
+        if len(W) == 1 and W.device.type == "cpu":
+            alpha = float(scale)
+        else:
+            for X in (*generators.values(), *first.values()):
+                X.mul_(scale.view(-1, 1, 1))
+        moved = None
+        for side, A in generators.items():
+            # (W + moved) A = W A + moved A, of which the first is there already.
+            start = first[side]
+            if moved is not None:
+                start = side.turn(moved, A, self._like("start"), start, alpha=alpha)
+            if group["track"]:
+                self._track(side, A, alpha)
+            moved = self._turned(W, side, A, start, alpha)
+            self.turns.append((side, A, alpha))
+            if group["momentum"] == "transported":
+                self._transport(side, A, alpha)
+
+    def _turned(self, X: Tensor, side: Side, A: Tensor, start: Tensor, alpha: float, name: str = "") -> Tensor:
+        """Turn ``X`` in place; ``start`` is its product with ``A``. Returns the change divided by ``alpha``."""
+        group = self.group
+        if group["map"] == "cayley":
+            turned = cayley_turn(X, A.to(X.dtype) * (alpha / 2), side.name)
+            moved = ((turned - X) / alpha).to(self.dtype)
+            X.copy_(turned)
+            return moved
+        coefficients = map_coefficients(group["map"], group["exp_order"], group["polish"])
+        moved, factor = start, coefficients[-1]
+        for k in range(len(coefficients) - 2, 0, -1):
+            out = self._like(f"{name}{side.name} {k % 2}")
+            moved = side.turn(moved, A, out, start, beta=coefficients[k], alpha=alpha * factor)
+            factor = 1.0
+        # Only this sum touches the weight: what is rounded to the dtype of the products is its change, not itself.
+        X.add_(moved, alpha=alpha)
+        return moved
+
+    def _transport(self, side: Side, A: Tensor, alpha: float) -> None:
+        """Carry the ambient moments along with the weights."""
+        moments = [state["momentum_buffer"] for state in self.states]
+        M = moments[0] if len(moments) == 1 else torch.cat(moments)
+        start = side.turn(self._narrow("moment", [M]), A, self._like("moment start"))
+        self._turned(M, side, A, start, alpha, "moment ")
+        if len(moments) > 1:
+            torch._foreach_copy_(moments, list(M.split(self.counts)))
+
+    def _begin_tracking(self) -> None:
+        """Note the first spectrum, and what the decay does to the logarithm of the norm."""
+        if self.step == 1:
+            found = torch.linalg.svdvals(self.W)
+            torch._foreach_copy_([state["spectrum"] for state in self.states], list(found.split(self.counts)))
+        for state in self.states:
+            state["causes"][:, 1] += math.log1p(-self.lr * self.group["weight_decay"])
+
+    def _track(self, side: Side, A: Tensor, alpha: float) -> None:
+        """Note how much the factor about to be applied changes the norm because its series is cut, which is exact.
+
+        ``||W f(A)||^2 = tr W f(-A) f(A) W^T`` and ``tr W A^{2j} W^T = (-1)^j ||W A^j||^2``.
+        """
+        if self.group["map"] == "cayley":
+            return
+        coefficients = map_coefficients(self.group["map"], self.group["exp_order"], self.group["polish"])
+        term = self.W.to(torch.float64)
+        A = A.to(torch.float64) * alpha
+        before, change = _norms(term).square(), torch.zeros(len(term), dtype=torch.float64, device=A.device)
+        for j, g in enumerate(gram_coefficients(coefficients)[::2]):
+            if j:
+                term = side.turn(term, A, torch.empty_like(term))
+                change += (-1) ** j * g * _norms(term).square()
+        growth = torch.log1p(change / before.clamp(min=torch.finfo(torch.float64).tiny)) / 2
+        for state, part in zip(self.states, growth.split(self.counts), strict=True):
+            state["causes"][:, 0] += part
+
+    def _scale(self, first: list[Tensor], strength: Tensor) -> Tensor:
+        """What the generators of each matrix are multiplied by, ``(N,)``."""
+        group = self.group
+        usual = self._usual()
+        taper = (strength / usual).clamp(max=1) if usual else torch.ones_like(strength)
+        if group["rms"] is None:
+            beta1, beta2 = group["betas"]
+            correction = 1.0
+            if group["variant"] == "adaptive":
+                root = math.sqrt(1 - beta2**self.step) if group["second_moment"] else 1.0
+                correction = root / (1 - beta1**self.step)
+            return taper * (self.lr * correction)
+        total = first[0] if len(first) == 1 else torch.add(*first, out=self._like("start"))
+        norm = _norms(total)
+        target = self.lr * group["rms"] * math.sqrt(self.shape[0] * self.shape[1])
+        return taper * target / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+def _silence(S: Tensor, noise: Tensor) -> None:
+    """Set generators to zero that do not stand above the rounding of the products they come from."""
+    loud = _norms(S, enough=noise) > noise
+    if S.device.type != "cpu" or not bool(loud.all()):
+        S.mul_(loud.unsqueeze(1))
+
+
+def _norms(X: Tensor, *, enough: Tensor | float | None = None) -> Tensor:
+    """Euclidean norms of the matrices of a batch, or lower bounds of them where those are above ``enough``."""
+    if enough is not None and X.device.type == "cpu":
+        bounds = torch.linalg.vector_norm(X[:, : X.shape[1] // _SAMPLE], dim=1)
+        if bool((bounds > enough).all()):
+            return bounds
+    if X.dtype in (torch.bfloat16, torch.float16):
+        # Row by row in the narrow dtype, whose rounding averages out over the rows; a wide copy costs more than this.
+        return torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=-1).to(torch.float32), dim=-1)
+    return torch.linalg.vector_norm(X.flatten(1), dim=1)
