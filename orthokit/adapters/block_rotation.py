@@ -25,6 +25,8 @@ __all__ = ["BlockRotation", "rotations_of", "side_sizes", "turn"]
 
 # The exact density costs a recurrence of length b; from here on the semicircle is within a percent of it.
 _FINITE_BELOW = 65
+# With fewer rows the calls of single products cost more than what they save.
+_MANY_ROWS = 128
 
 
 def turn(stacks: list[Tensor], X: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
@@ -38,9 +40,24 @@ def turn(stacks: list[Tensor], X: Float[Tensor, "*rows n"]) -> Float[Tensor, "*r
         Shape and dtype of ``X``.
     """
     covered = sum(stack.shape[0] * stack.shape[-1] for stack in stacks)
+    if X.device.type == "cpu" and X.ndim == 2 and len(X) >= _MANY_ROWS and not torch.is_grad_enabled():
+        return _turn_in_place(stacks, X, covered)
     if covered == X.shape[-1]:
         return apply_blocks(stacks, X)
     return torch.cat([apply_blocks(stacks, X[..., :covered]), X[..., covered:]], dim=-1)
+
+
+def _turn_in_place(stacks: list[Tensor], X: Tensor, covered: int) -> Tensor:
+    # One product a block, each written where it belongs: on a CPU up to twice as fast as a batched product, whose
+    # result has to be transposed into rows again.
+    Y, start = torch.empty_like(X, memory_format=torch.contiguous_format), 0
+    for stack in stacks:
+        for R in stack:
+            stop = start + R.shape[-1]
+            torch.mm(X[:, start:stop], R, out=Y[:, start:stop])
+            start = stop
+    Y[:, covered:] = X[:, covered:]
+    return Y
 
 
 def rotations_of(*sides: BlockRotation) -> list[list[Tensor]]:

@@ -23,6 +23,12 @@ from orthokit.figures.momentum import (
     projection_arrows,
     subspace_error,
 )
+from orthokit.figures.pion import (
+    drift_budget,
+    rate_range,
+    spectrum_kept,
+    stationarity_split,
+)
 from orthokit.figures.poet import drift_causes, memory_modes, spectrum_drift
 from orthokit.figures.race import race_curves, race_ranking, rate_sensitivity
 from orthokit.figures.spectra import coefficient_map, spectra, spectrum_bars, spectrum_heatmap, spectrum_ratio
@@ -44,6 +50,7 @@ __all__ = [
     "before_after",
     "browser_path",
     "coefficient_map",
+    "drift_budget",
     "drift_causes",
     "energy_by_dimension",
     "energy_by_matrix",
@@ -64,6 +71,7 @@ __all__ = [
     "projection_arrows",
     "race_curves",
     "race_ranking",
+    "rate_range",
     "rate_sensitivity",
     "scalar_history",
     "scaling_ranges",
@@ -74,8 +82,10 @@ __all__ = [
     "spectrum_bars",
     "spectrum_drift",
     "spectrum_heatmap",
+    "spectrum_kept",
     "spectrum_ratio",
     "sphere",
+    "stationarity_split",
     "subspace_error",
     "t_quantile",
     "table_maps",

@@ -108,9 +108,8 @@ def _drift(W: Tensor, state: dict[str, Tensor]) -> dict[str, float]:
     """The change of the spectrum since the first step, of the matrix of a batch where it is largest."""
     first = state["spectrum"]
     now = torch.linalg.svdvals(W)
-    # A singular value of zero has no relative change; rounding alone moves it, by eps of the largest.
-    counted = first > torch.finfo(W.dtype).eps * math.sqrt(max(W.shape[-2:])) * first[:, :1]
-    drift = torch.where(counted, (now / first.clamp(min=torch.finfo(W.dtype).tiny) - 1).abs(), 0).amax(-1)
+    # Over the largest one: the smallest of a square matrix may be as small as rounding, and has no relative change.
+    drift = (now - first).abs().amax(-1) / first[:, 0].clamp(min=torch.finfo(W.dtype).tiny)
     worst = int(drift.argmax())
     norms = (torch.linalg.vector_norm(s[worst].double()) for s in (now, first))
     total = float(torch.log(next(norms) / next(norms))) if bool(first[worst].any()) else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -92,10 +92,8 @@ class Router:
         return self._unpack(plan, items, tensors, dtypes, received)
 
     def _part(self, items: Sequence[Item], tensors: Sequence[Tensor | None], item: int, box: Box) -> Tensor:
-        own, tensor = items[item].have[self.rank], tensors[item]
-        if own is None or tensor is None:
-            raise RuntimeError(f"process {self.rank} is to send a part of item {item}, which it does not hold.")
-        return tensor[relative(box, own)]
+        own = items[item].have[self.rank]
+        return cast("Tensor", tensors[item])[relative(box, cast("Box", own))]
 
     def _unpack(
         self,

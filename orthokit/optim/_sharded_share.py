@@ -49,6 +49,7 @@ def mesh_boxes(
 
 
 def resolved(process_group: Any) -> Any:
+    """The process group that an option names."""
     if not dist.is_available() or not dist.is_initialized():
         raise OptionError("process_group needs torch.distributed; call torch.distributed.init_process_group first.")
     group = dist.group.WORLD if isinstance(process_group, str) and process_group == "world" else process_group
@@ -60,6 +61,7 @@ def resolved(process_group: Any) -> Any:
 
 
 def mesh_group(mesh: DeviceMesh | None) -> Any:
+    """The process group of all members of a mesh."""
     if mesh is None:
         raise ParameterError("a sharded parameter must have a mesh.")
     if mesh.ndim == 1:
@@ -93,6 +95,7 @@ def _stacked_first(layout: Layout) -> bool:
 
 
 def add_stack(loads: list[float], work: tuple[Box | None, ...] | None, cost: float) -> None:
+    """Raise the loads of the processes that divide a stack, each by its share of the cost."""
     boxes = work or ()
     total = max((box[0][1] for box in boxes if box is not None), default=0)
     for rank, box in enumerate(boxes):

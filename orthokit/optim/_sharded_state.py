@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ def gather_state(
     device = local_part(members[0][1]).device
     parts = exchange.router.route(items, tensors, dtypes, device, remember=False)
     for (index, key, share, shape), part in zip(places, parts, strict=True):
-        state[index][key] = _placed(part, share, shape)
+        state[index][key] = _placed(cast("Tensor", part), share, shape)
     return {**state_dict, "state": {index: values for index, values in state.items() if values}}
 
 
@@ -150,9 +150,8 @@ def _row_dims(share: Share) -> tuple[int | None, ...]:
     return tuple(None if dim is None else 0 for dim in share.dims)
 
 
-def _placed(part: Tensor | None, share: Share, shape: tuple[int, ...]) -> Tensor:
-    if part is None:
-        raise RuntimeError(f"the state of {share.name!r} has no part for this process.")
+def _placed(part: Tensor, share: Share, shape: tuple[int, ...]) -> Tensor:
+    """A part of a state tensor as it stands in a state dict; a copy."""
     if share.mesh is None:
         return part.clone()
     placements = [Replicate() if dim is None else Shard(0) for dim in share.dims]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def update_whole(
 ) -> None:
     """Weights and gradients go to their owners, which make the optimizer's own step; the weights come back."""
     weights = [local_part(p) for p in parameters]
-    grads = [local_part(_gradient(p)) for p in parameters]
+    grads = [local_part(cast("Tensor", p.grad)) for p in parameters]
     dtypes = [x.dtype for x in (*weights, *grads)]
     wholes = exchange.collect([*parameters, *parameters], [*weights, *grads], dtypes)
     results = wholes[: len(parameters)]
@@ -98,15 +98,9 @@ def _products(parameters: list[Tensor], exchange: MatrixExchange) -> dict[torch.
     return found
 
 
-def _gradient(p: Tensor) -> Tensor:
-    if p.grad is None:
-        raise RuntimeError("a parameter without gradient takes no part in a step.")
-    return p.grad
-
-
 def _polar_inputs(optimizer: Muon, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
     """This process's part of what the polar factors are taken of."""
-    grads = [local_part(_gradient(p)) for p in parameters]
+    grads = [local_part(cast("Tensor", p.grad)) for p in parameters]
     if group["order"] != "pre":
         return grads
     buffers = [local_part(optimizer._buffer(p)) for p in parameters]

@@ -260,9 +260,9 @@ class Pion(MatrixOptimizer):
             - ``tangential_in``, ``tangential_out``: ``||G_in||`` and ``||G_out||`` over ``||W||_2 ||G||``;
             - ``radial``: ``||diag(U^T G V)|| / ||G||``, the part of the gradient that would change singular values.
 
-            With ``track=True`` also ``drift``, the largest relative change of a singular value since the first step,
-            and ``norm_drift``, the logarithm of the Frobenius norm over the first one, which is the sum of
-            ``truncation`` (added up from the exact law of the map), ``decay`` and ``rounding`` (the rest).
+            With ``track=True`` also ``drift``, the largest change of a singular value since the first step over the
+            largest of them, and ``norm_drift``, the logarithm of the Frobenius norm over the first one, which is the
+            sum of ``truncation`` (added up from the exact law of the map), ``decay`` and ``rounding`` (the rest).
 
         Raises:
             ParameterError: No parameter holds a gradient and a state.

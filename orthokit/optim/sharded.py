@@ -66,8 +66,8 @@ class MatrixExchange:
 
     References:
         R. L. Graham (1969), Bounds on multiprocessing timing anomalies, for the balance. J. Liu et al. (2025), Muon is
-        scalable for LLM training, arXiv 2502.16982, section 2.3, for gathering whole matrices; there each process
-        gathers, here one owner does, so that no product is computed twice.
+        scalable for LLM training, arXiv 2502.16982, section 2.3, for gathering whole matrices; there every process that
+        keeps a part of a matrix gathers all of it, here one owner does.
     """
 
     def __init__(self, process_group: Any = None) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from orthokit.adapters import POET, POETLinear, attach, dequantize, merge, quantize
-from orthokit.adapters.block_rotation import side_sizes
+from orthokit.adapters.block_rotation import side_sizes, turn
 from orthokit.diagnostics import hyperspherical_energy
 from orthokit.errors import DtypeError, OptionError, UnknownNameError
 from orthokit.linalg import (
@@ -84,6 +84,22 @@ def test_forward_and_all_gradients_are_those_of_the_dense_formulation(
     )
     assert all(torch.allclose(ours, theirs, atol=1e-10) for ours, theirs in pairs)
     assert torch.allclose(F.linear(x, layer.effective_weight(), layer.bias), layer(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 3], [5]])
+def test_many_rows_are_turned_as_few_are(dtype, tol, sizes):
+    g = torch.Generator().manual_seed(0)
+    stacks = [torch.randn(sizes.count(b), b, b, generator=g, dtype=torch.float64) for b in dict.fromkeys(sizes)]
+    X = torch.randn(12, 300, generator=g, dtype=torch.float64).T  # not contiguous
+    X = torch.cat([X, X[:, :1]], dim=1)[:, : max(sum(sizes), 12)].to(dtype)
+    with torch.no_grad():
+        turned = turn([S.mT.to(dtype) for S in stacks], X)
+        few = torch.cat([turn([S.mT.to(dtype) for S in stacks], part) for part in X.split(50)])
+    dense = F.pad(block_diagonal([S.mT for S in stacks]), (0, X.shape[1] - sum(sizes)))
+    dense = torch.cat([dense, torch.eye(X.shape[1], dtype=torch.float64)[sum(sizes) :]])
+    for found in (turned, few):
+        assert found.dtype == dtype and torch.allclose(found.double(), X.double() @ dense, atol=tol, rtol=tol)
 
 
 @pytest.mark.parametrize("quantize", [None, "uint8"])

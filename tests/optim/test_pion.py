@@ -52,7 +52,7 @@ def reference(W, grads, *, lr=1e-3, betas=(0.9, 0.95), rms=0.2, sides="both", mo
             generator = -m[side] / c1 / ((v[side] / c2).sqrt() + eps if second_moment else 1.0)
             if sides in ("both", side) or (sides == "alternate" and (side == "in") == (t % 2 == 1)):
                 A[side] = generator
-        change = sum(W @ X if side == "in" else X @ W for side, X in A.items())
+        change = torch.stack([W @ X if side == "in" else X @ W for side, X in A.items()]).sum(0)
         scale = lr * rms * math.sqrt(W.numel()) / change.norm() if rms else lr
         for side, X in A.items():
             E = rotation(scale * X, map, exp_order)
@@ -209,7 +209,6 @@ def test_narrow_weights_drift_without_their_residual_and_not_with_it(dtype):
     fine = fine_weight(found, next(iter(optimizer.state.values()))["residual"])
     assert torch.equal(fine.to(dtype), found)
     kept, lost = (abs(float(X.double().norm()) / first - 1) for X in (fine, rounded))
-    print(dtype,kept,lost)
     # Each of 60 roundings to nearest of a weight far larger than its change leaves a trace, but not in float32.
     assert kept < 1e-6 and lost > 50 * kept
 
@@ -319,7 +318,7 @@ def test_one_side_leaves_the_gram_matrix_of_the_other():
 
 
 def test_a_column_cannot_turn_on_its_only_side():
-    found, optimizer = train(randn(7, 1), gradients(7, 1, steps=2), lr=0.1, sides="in")
+    found, _ = train(randn(7, 1), gradients(7, 1, steps=2), lr=0.1, sides="in")
     assert torch.equal(found, randn(7, 1))
     found, _ = train(randn(7, 1), gradients(7, 1, steps=2), lr=0.1, sides="alternate", map="cayley")
     assert not torch.equal(found, randn(7, 1))
@@ -332,7 +331,7 @@ def test_sign_variant_turns_every_plane_by_about_the_rate():
     (A,) = turns(W.clone(), G, dtype=torch.float64, lr=0.05, **options).values()
     # Five Newton-Schulz steps put singular values between about 0.7 and 1.2.
     angles = torch.linalg.svdvals(A) / 0.05
-    assert 0.6 < float(angles.min()) and float(angles.max()) < 1.3
+    assert float(angles.min()) > 0.6 and float(angles.max()) < 1.3
     # Its direction: that of the polar factor of the skew gradient.
     S = W.mT @ G - G.mT @ W
     U, _, Vh = torch.linalg.svd(S)
@@ -440,9 +439,8 @@ def test_report_splits_the_drift_by_cause():
     row = optimizer.report().iloc[0]
     assert row["truncation"] == pytest.approx(row["norm_drift"], rel=1e-6) and row["truncation"] > 1e-8
     assert abs(row["rounding"]) < 1e-13 and row["decay"] == 0
-    assert row["drift"] == pytest.approx(
-        float((torch.linalg.svdvals(exact) / torch.linalg.svdvals(W) - 1).abs().max()), rel=1e-6
-    )
+    before, after = torch.linalg.svdvals(W), torch.linalg.svdvals(exact)
+    assert row["drift"] == pytest.approx(float((after - before).abs().max() / before[0]), rel=1e-6)
     _, optimizer = train(W, grads, lr=5e-3, track=True, weight_decay=0.1, map="cayley")
     row = optimizer.report().iloc[0]
     assert row["decay"] == pytest.approx(40 * math.log1p(-5e-4)) and row["truncation"] == 0

@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,20 @@ def test_processes(launches, size, name):
     for rank, said in enumerate(launches.of(size, name)):
         if said != "passed":
             pytest.fail(f"process {rank}: {said}", pytrace=False)
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_torchrun(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "examples" / "train_sharded.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    sizes = ["--size", "0.2M", "--batch", "2", "--context", "16", "--steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*launcher, *sizes, "--checkpoints", str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "muon, fsdp, 2 processes" in done.stdout and "busiest process: 1.00" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step000001"]
 
 
 @pytest.mark.gpu

@@ -263,8 +263,16 @@ def two_dimensional_meshes(_: Path) -> None:
     """Replicas of shards (HSDP), and shards of both dimensions."""
     mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("replicate", "shard"))
     layouts = [[Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(0), Shard(1)], [Replicate(), Shard(1)]]
-    compare(Muon, mesh, layouts, normalize="neuron", **MUON)
-    compare(Pion, mesh, layouts, **PION)
+    for kind, options in ((Muon, {**MUON, "normalize": "neuron"}), (Pion, PION)):
+        compare(kind, mesh, layouts, **options)
+        # What an optimizer saves, another one goes on with.
+        alone, together = both(mesh, layouts, SAVED)
+        train(kind(alone, **options), alone, range(3))
+        saved = train(kind(together, **options), together, range(2)).state_dict()
+        optimizer = kind(together, **options)
+        optimizer.load_state_dict(saved)
+        train(optimizer, together, range(2, 3))
+        agree(together, alone)
 
 
 @on(2)
@@ -434,7 +442,7 @@ def reports_show_every_matrix_on_every_process(_: Path) -> None:
             agree(together, alone)
 
 
-SAVED = [(12, 7), (7, 12), (3, 8), (6, 4, 5), (5, 3, 2, 2)]
+SAVED = [(12, 7), (3, 8), (6, 4, 5), (5, 3, 2, 2)]
 
 
 def contestants(layouts, mesh: DeviceMesh | None, **shared):
@@ -472,8 +480,10 @@ def save_plain_state_dicts(folder: Path) -> None:
 @on(1, 2, 4)
 def load_plain_state_dicts_of_every_size(folder: Path) -> None:
     """The next step is that of the optimizer that saved, whatever the layout was and is."""
-    layouts = [(line(), {}), (None, {"process_group": "world"} if dist.get_world_size() > 1 else {})]
-    for saved in ("sharded1", "sharded2", "sharded4", "replicated2"):
+    n = dist.get_world_size()
+    layouts = [(line(), {}), (None, {"process_group": "world"} if n > 1 else {})]
+    others = {1: ("sharded2", "replicated4"), 2: ("sharded1", "sharded4"), 4: ("sharded2", "replicated2")}
+    for saved in others[n]:
         for mesh, shared in layouts:
             parameters, optimizers = contestants([[Shard(0)], [Shard(1)], [Shard(0)]], mesh, **shared)
             train_all(optimizers, range(7, 8))  # so that there is state to fill
@@ -509,7 +519,7 @@ def save_a_model(folder: Path) -> None:
 @on(1, 2, 4)
 def load_a_model_of_every_size(folder: Path) -> None:
     for name in ("muon", "pion"):
-        for saved in (1, 2, 4):
+        for saved in {1, 2, 4} - {dist.get_world_size()}:
             expected = torch.load(folder / f"{name}{saved}.pt", weights_only=True)
             for full in (False, True) if saved == 2 else (False,):
                 model = sharded_gpt(line(), seed=5)
