@@ -1,9 +1,11 @@
 """A POET layer: forward and backward time, and what it holds in memory, beside a plain layer and the dense formulation.
 
 Every case is one linear layer without bias at one width and number of rows, float32. Candidates: the plain layer with
-its weight trained (the baseline), POET with the effective weight formed in every pass (what POET-X replaced), and
-POET-X in its memory modes, with the published three Neumann terms and with the exact Cayley transform. The update is
-left out of the times: it touches (b - 1) / width of what the plain layer's does. Bytes are measured, see
+its weight trained (the baseline), POET with the effective weight formed in every pass (what POET-X replaced), POET-X in
+its memory modes, and the weight-centric mode, which forms the weight in each pass and keeps only the input; with the
+published three Neumann terms and with the exact Cayley transform. The dense formulation works block by block here, as
+all do; the published one multiplied by dense orthogonal matrices and cost far more. The update is left out of the
+times: it touches (b - 1) / width of what the plain layer's does. Bytes are measured, see
 ``orthokit.studies.layer_bytes``; the columns are in MiB.
 
 Afterwards the memory of whole models in bfloat16, counted, next to the published peaks on one H100.
@@ -30,6 +32,8 @@ CANDIDATES = {
     "POET-X fast": ("fast", "cayley_neumann"),
     "POET-X fast, Cayley": ("fast", "cayley"),
     "POET-X low": ("low", "cayley_neumann"),
+    "POET weight-centric": ("weight", "cayley_neumann"),
+    "POET weight-centric, Cayley": ("weight", "cayley"),
     "POET-X low, uint8": ("low, uint8", "cayley_neumann"),
 }
 # (width, rows, block): growing with the width, then with the rows.

@@ -17,11 +17,12 @@ from orthokit.linalg import (
     inverse_permutation,
     packed_size,
     polish_orthogonal,
+    rotate_blocks,
     top_singular_value,
     unpack_skew,
 )
 
-__all__ = ["BlockRotation", "rotations_of", "side_sizes", "turn"]
+__all__ = ["BlockRotation", "rotate_sides", "rotations_of", "side_sizes", "turn"]
 
 # The exact density costs a recurrence of length b; from here on the semicircle is within a percent of it.
 _FINITE_BELOW = 65
@@ -58,6 +59,25 @@ def _turn_in_place(stacks: list[Tensor], X: Tensor, covered: int) -> Tensor:
             start = stop
     Y[:, covered:] = X[:, covered:]
     return Y
+
+
+def rotate_sides(W: Float[Tensor, "out in"], left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "out in"]:
+    """``D_out W D_in``, with rows and columns that no block covers left alone.
+
+    Args:
+        W: Rows and columns in the order of the blocks.
+        left: Blocks of the out-side; none leaves it alone.
+        right: Blocks of the in-side; none leaves it alone.
+
+    Returns:
+        Shape and dtype of ``W``.
+    """
+    W = turn(right, W) if right else W
+    rows = sum(stack.shape[0] * stack.shape[-1] for stack in left)
+    if rows == 0:
+        return W
+    turned = rotate_blocks(W[:rows], left=left)
+    return turned if rows == W.shape[0] else torch.cat([turned, W[rows:]], dim=0)
 
 
 def rotations_of(*sides: BlockRotation) -> list[list[Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from orthokit.adapters._ledger import log_ratio
+from orthokit.adapters.block_rotation import rotate_sides
 from orthokit.adapters.poet import POETLinear
 from orthokit.errors import ParameterError
 from orthokit.linalg import singular_values
@@ -68,7 +69,7 @@ def _row(layer: POETLinear) -> dict[str, Any]:
     angle = max(layer.input.largest_angle(), layer.output.largest_angle())
     W = layer.dense()
     left, right = layer.exact_rotations()
-    now = layer._rotated(W, left, right)
+    now = rotate_sides(W, left, right)
     truncation = ledger.truncation + log_ratio(now, W)
     law = ledger.law + layer.output.log_growth(left) + layer.input.log_growth(right)
     expected = ledger.expected + sum(s.expected_log_growth(polish=polish) for s in (layer.output, layer.input))

@@ -97,8 +97,8 @@ def _next_step(
     )
     chunk.rotate()
     angles = {"angle_in": 0.0, "angle_out": 0.0}
-    for side, A, alpha in chunk.turns:
-        angles[f"angle_{side.name}"] = float((alpha * top_singular_value(A.to(W.dtype))).max())
+    for side, A, scale in chunk.turns:
+        angles[f"angle_{side.name}"] = float((scale * top_singular_value(A.to(W.dtype))).max())
     unit = chunk.lr * (group["rms"] or 1.0)
     size = (turned - W).square().mean(dim=(-2, -1)).sqrt().max()
     return angles | {"rms_ratio": float(size) / unit if unit else math.nan}

@@ -21,10 +21,11 @@ from torch import Tensor
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.skew import packed_size
 
-__all__ = ["fold", "folded_parts", "product", "skew_product", "unfold"]
+__all__ = ["fold", "folded_parts", "skew_product", "unfold"]
 
 # Triangles are copied in square tiles; only the ones on the diagonal hold both triangles and need a mask.
 _TILE = 192
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def folded_parts(packed: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -35,117 +36,100 @@ def folded_parts(packed: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=256)
-def _upper(rows: int, columns: int, device: torch.device) -> Tensor:
-    """True on and above the diagonal."""
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu()
+def _lower_bits(rows: int, columns: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All bits set on and below the ``offset``-th diagonal."""
+    return -torch.ones(rows, columns, dtype=dtype, device=device).tril(offset)
 
 
-def _tiles(size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _TILE, size)) for start in range(0, size, _TILE)]
+def _put_lower(out: Tensor, lower: Tensor, offset: int) -> None:
+    """Overwrite ``out`` on and below the ``offset``-th diagonal (0 or -1); ``lower`` has its dtype.
+
+    ``torch.where`` takes four times as long on CPUs as the three operations on bits.
+    """
+    rows, columns = out.shape[-2:]
+    bits = _BITS[out.element_size()]
+    for start in range(0, rows, _TILE):
+        stop = min(start + _TILE, rows)
+        end = min(stop, columns)
+        if start:
+            out[:, start:stop, :start] = lower[:, start:stop, :start]
+        tile, new = (x[:, start:stop, start:end].view(bits) for x in (out, lower))
+        mask = _lower_bits(stop - start, end - start, offset, bits, out.device)
+        tile.copy_((tile ^ new).bitwise_and_(mask).bitwise_xor_(tile))
 
 
-def fold(S: Tensor, out: Tensor | None = None) -> Tensor:
-    """``S`` of shape ``(N, b, b)`` as ``(N, b (b - 1) / 2)``; only half of its entries are read."""
+def fold(S: Tensor, out: Tensor | None = None, workspace: Workspace | None = None) -> Tensor:
+    """``S`` of shape ``(N, b, b)`` as ``(N, b (b - 1) / 2)``; only half of its entries are read.
+
+    Args:
+        S: Skew, or symmetric with a diagonal that is not wanted.
+        out: Where it goes; its dtype may be wider.
+        workspace: Scratch memory.
+    """
     b = S.shape[-1]
-    big = b - b // 2
+    big, small = b - b // 2, b // 2
     packed = S.new_empty(len(S), packed_size(b)) if out is None else out
     rectangle, corner = folded_parts(packed, b)
     corner.copy_(S[:, :big, big:])
-    _fold_triangles(S[:, :big, :big], S[:, big:, big:], rectangle)
+    joined = (workspace or Workspace()).get("fold", tuple(rectangle.shape), S.dtype, S.device)
+    joined.copy_(S[:, :small, 1:big])
+    _put_lower(joined, S[:, big:, big:], -1)
+    rectangle.copy_(joined)
     return packed
 
 
-def _fold_triangles(first: Tensor, second: Tensor, rectangle: Tensor) -> None:
-    upper, lower, columns = first[:, :, 1:], second, rectangle.shape[-1]
-    for start, stop in _tiles(rectangle.shape[-2]):
-        end = min(stop, columns)
-        rectangle[:, start:stop, stop:] = upper[:, start:stop, stop:]
-        rectangle[:, start:stop, :start] = lower[:, start:stop, :start]
-        mask = _upper(stop - start, end - start, rectangle.device)
-        tile = torch.where(mask, upper[:, start:stop, start:end], lower[:, start:stop, start:end])
-        rectangle[:, start:stop, start:end] = tile
-
-
-def unfold(packed: Tensor, b: int, out: Tensor | None = None, *, sign: int = -1) -> Tensor:
+def unfold(
+    packed: Tensor, b: int, out: Tensor | None = None, workspace: Workspace | None = None, *, sign: int = -1
+) -> Tensor:
     """The whole matrices ``(N, b, b)`` of folded ones: skew, or symmetric without diagonal for ``sign=1``.
 
     Args:
         packed: ``(N, b (b - 1) / 2)``.
         b: Their size.
         out: Where they go; its dtype may be narrower.
+        workspace: Scratch memory.
         sign: Of the mirrored half.
     """
-    count, big = len(packed), b - b // 2
-    full = packed.new_empty(count, b, b) if out is None else out
+    big, small = b - b // 2, b // 2
+    full = packed.new_empty(len(packed), b, b) if out is None else out
+    scratch = workspace or Workspace()
     rectangle, corner = folded_parts(packed, b)
-    rectangle = rectangle.to(full.dtype)
-    first, second = full[:, :big, :big], full[:, big:, big:]
-    for start, stop in _tiles(big):
-        if stop < big:
-            part = rectangle[:, start:stop, stop - 1 :]
-            _mirror(part, first[:, start:stop, stop:], first[:, stop:, start:stop], sign)
-        tile = full.new_zeros(count, stop - start, stop - start)
-        # Nothing of the last row lies above the diagonal, and the rectangle may end before it.
-        rows = min(stop, rectangle.shape[-2]) - start
-        tile[:, :rows, 1:] = rectangle[:, start:stop, start : stop - 1].triu()
-        first[:, start:stop, start:stop] = tile + sign * tile.mT
-    for start, stop in _tiles(b // 2):
-        if start:
-            part = rectangle[:, start:stop, :start]
-            _mirror(part, second[:, start:stop, :start], second[:, :start, start:stop], sign)
-        tile = full.new_zeros(count, stop - start, stop - start)
-        columns = min(stop, rectangle.shape[-1]) - start
-        tile[:, :, :columns] = rectangle[:, start:stop, start : start + columns].tril(-1)
-        second[:, start:stop, start:stop] = tile + sign * tile.mT
-    _mirror(corner, full[:, :big, big:], full[:, big:, :big], sign)
+    straight, turned = _with_transpose(corner, full.dtype, scratch, sign)
+    full[:, :big, big:] = straight
+    full[:, big:, :big] = turned
+    straight, turned = _with_transpose(rectangle, full.dtype, scratch, sign)
+    # The triangle of S_11 lies one column to the left in the rectangle, so its mirror image lies one row up.
+    first, second, k = full[:, :big, :big], full[:, big:, big:], min(big - 1, small)
+    first[:, :-1, 1:] = straight[:, : big - 1]
+    _put_lower(first[:, 1:, :-1], turned[:, :, : big - 1], 0)
+    second[:, :k] = turned[:, :k]
+    _put_lower(second[:, :, :k], straight[:, :, :k], -1)
+    full.diagonal(dim1=-2, dim2=-1).zero_()
     return full
 
 
-def _mirror(source: Tensor, place: Tensor, mirrored: Tensor, sign: int) -> None:
-    """``source`` at its place, and its (negated) transpose opposite."""
-    place.copy_(source)
-    mirrored.copy_(place.mT)  # from the copy: one dtype, so that torch transposes without converting
-    if sign < 0:
-        mirrored.neg_()
-
-
-def product(
-    left: Tensor, right: Tensor, out: Tensor, add: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0
-) -> Tensor:
-    """``alpha left right (+ beta add)`` for batches of matrices; ``add`` may be ``out``.
-
-    One matrix goes the way of a single product: only there do operands that are transposed or a part of a larger matrix
-    cost no copy.
-    """
-    if len(left) == 1:
-        if add is None:
-            torch.mm(left[0], right[0], out=out[0])
-        else:
-            torch.addmm(add[0], left[0], right[0], beta=beta, alpha=alpha, out=out[0])
-    elif add is None:
-        torch.bmm(left, right, out=out)
+def _with_transpose(X: Tensor, dtype: torch.dtype, workspace: Workspace, sign: int) -> tuple[Tensor, Tensor]:
+    """``X`` and ``sign X^T`` in a dtype, both contiguous."""
+    count, rows, columns = X.shape
+    straight = workspace.get("straight", (count, rows, columns), dtype, X.device).copy_(X)
+    turned = workspace.get("turned", (count, columns, rows), dtype, X.device)
+    if count == 1:
+        turned[0].copy_(straight[0].mT)  # the shape that torch transposes block by block
     else:
-        torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)
-    return out
+        turned.copy_(straight.mT)
+    return straight, turned.neg_() if sign < 0 else turned
 
 
-def skew_product(P: tuple[Tensor, Tensor], Q: tuple[Tensor, Tensor], out: Tensor, workspace: Workspace) -> Tensor:
-    """``P Q^T - Q P^T`` folded into ``out`` ``(N, b (b - 1) / 2)``, with three quarters of its products computed.
+def skew_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace) -> Tensor:
+    """``P Q^T - Q P^T`` folded into ``out`` ``(N, b (b - 1) / 2)``.
 
     Args:
-        P: Its first ``ceil(b / 2)`` and its other rows, ``(N, rows, k)``, in the dtype of the products.
+        P: ``(N, b, k)``, in the dtype of the products.
         Q: As ``P``.
         out: Where the result goes, usually wider than the products.
         workspace: Scratch memory.
     """
-    rectangle, corner = folded_parts(out, P[0].shape[1] + P[1].shape[1])
-
-    def block(name: str, i: int, j: int) -> Tensor:
-        shape = (len(out), P[i].shape[1], P[j].shape[1])
-        S = workspace.get(name, shape, P[0].dtype, out.device)
-        product(P[i], Q[j].mT, S)
-        return product(Q[i], P[j].mT, S, S, alpha=-1)
-
-    corner.copy_(block("first", 0, 1))
-    _fold_triangles(block("first", 0, 0), block("second", 1, 1), rectangle)
-    return out
+    # Two products: to transpose the first one and subtract takes as long, and rounds once more.
+    S = workspace.get("skew", (len(P), P.shape[1], P.shape[1]), P.dtype, P.device)
+    torch.bmm(P, Q.mT, out=S)
+    return fold(S.baddbmm_(Q, P.mT, alpha=-1), out, workspace)

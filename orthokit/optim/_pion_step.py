@@ -13,12 +13,14 @@ from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.polar import orthogonalize_
 from orthokit.linalg.skew import packed_size
 from orthokit.optim._pion_maps import cayley_turn, gram_coefficients, map_coefficients
-from orthokit.optim._pion_skew import fold, product, skew_product, unfold
+from orthokit.optim._pion_skew import fold, skew_product, unfold
 
 __all__ = ["Chunk", "Side", "active_sides", "kept_sides"]
 
 # A step count at which Adam's bias corrections are 1 to rounding.
 _FAR = 1e9
+# Entries from which a matrix is added with a factor of its own; many small ones go through one broadcast product.
+_LARGE = 1 << 12
 # The part of a folded matrix whose norm is looked at first; being a lower bound, it mostly settles the matter.
 _SAMPLE = 16
 
@@ -29,9 +31,9 @@ class Side(NamedTuple):
     name: str
     size: int
 
-    def turn(self, X: Tensor, A: Tensor, out: Tensor, add: Tensor | None = None, **factors: float) -> Tensor:
-        """``alpha X A`` or ``alpha A X``, plus ``beta add``."""
-        return product(X, A, out, add, **factors) if self.name == "in" else product(A, X, out, add, **factors)
+    def turn(self, X: Tensor, A: Tensor, out: Tensor) -> Tensor:
+        """``X A`` or ``A X``."""
+        return torch.bmm(X, A, out=out) if self.name == "in" else torch.bmm(A, X, out=out)
 
 
 def kept_sides(sides: str, shape: tuple[int, int]) -> list[Side]:
@@ -80,8 +82,8 @@ class Chunk:
         self.counts = [len(grad) for grad in grads]
         self.lr = float(group["lr"])
         self.shape = (W.shape[-2], W.shape[-1])
-        self.turns: list[tuple[Side, Tensor, float]] = []
-        """The generators of the last :meth:`rotate` and their common factor, until the scratch memory is used again."""
+        self.turns: list[tuple[Side, Tensor, Tensor]] = []
+        """The generators of the last :meth:`rotate` and their scales, until the scratch memory is used again."""
 
     def rotate(self) -> None:
         """The step."""
@@ -98,11 +100,10 @@ class Chunk:
         active = active_sides(group["sides"], self.shape, self.step)
         generators, strengths = {}, []
         for side in kept_sides(group["sides"], self.shape):
-            halves = self._halves(side, "weight", [W], weight), self._halves(side, "gradient", inputs, gradient)
-            folded, strength = self._generator(side, *halves, quiet)
+            folded, strength = self._generator(side, weight, gradient, quiet)
             if side in active:
                 A = self._buffer(f"turn {side.name}", len(W), side.size, side.size)
-                generators[side] = unfold(folded, side.size, A)
+                generators[side] = unfold(folded, side.size, A, self.workspace)
                 strengths.append(strength)
         if generators and self.lr:
             self._turn(generators, weight, torch.stack(strengths).amax(0))
@@ -127,28 +128,17 @@ class Chunk:
         torch._foreach_lerp_(moments, [g.to(self.W.dtype) for g in self.grads], 1 - self.group["betas"][0])
         return moments
 
-    def _halves(self, side: Side, name: str, wide: list[Tensor], narrow: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows (of the transpose, for the in-side) of a batch in two parts that products can read as they lie."""
-        big = side.size - side.size // 2
-        if side.name == "out":
-            return narrow[:, :big], narrow[:, big:]
-        parts = []
-        for start, stop in ((0, big), (big, side.size)):
-            part = self._buffer(f"{name} from {start}", len(narrow), self.shape[0], stop - start)
-            torch._foreach_copy_(list(part.split([len(x) for x in wide])), [x[:, :, start:stop] for x in wide])
-            parts.append(part.mT)
-        return parts[0], parts[1]
-
-    def _generator(
-        self, side: Side, weight: tuple[Tensor, Tensor], gradient: tuple[Tensor, Tensor], quiet: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _generator(self, side: Side, weight: Tensor, gradient: Tensor, quiet: Tensor) -> tuple[Tensor, Tensor]:
         """The folded generator of a side before its scale, and its strength; the moments of the side are updated."""
         group = self.group
         S = self._buffer("generator", len(self.W), packed_size(side.size), dtype=self.W.dtype)
         # W^T G - G^T W for the in-side, G W^T - W G^T for the out-side.
-        pair = (weight, gradient) if side.name == "in" else (gradient, weight)
-        skew_product(*pair, S, self.workspace)
-        summands = self.shape[0] if side.name == "in" else self.shape[1]
+        P, Q = (weight.mT, gradient.mT) if side.name == "in" else (gradient, weight)
+        summands = P.shape[-1]
+        if side.name == "in" and side.size > summands:
+            # On CPUs a wide product whose left factor is read across its rows takes several times as long.
+            P, Q = (self._buffer(name, *X.shape).copy_(X) for name, X in (("left", P), ("right", Q)))
+        skew_product(P, Q, S, self.workspace)
         _silence(S, quiet / math.sqrt(2 * summands))
         parts, size = list(S.split(self.counts)), S.shape[1]
         seconds = [state[f"v_{side.name}"] for state in self.states]
@@ -203,7 +193,7 @@ class Chunk:
 
     def _equalize(self, side: Side, S: Tensor) -> None:
         """The matrix sign of the generators: all planes turn by nearly one angle."""
-        full = unfold(S, side.size, self._buffer(f"turn {side.name}", len(S), side.size, side.size))
+        full = unfold(S, side.size, self._buffer(f"turn {side.name}", len(S), side.size, side.size), self.workspace)
         X = orthogonalize_(
             full, method="newton_schulz", steps=5, polish=0, coefficients=None, scaling="frobenius", eps=1e-7
         )
@@ -215,54 +205,56 @@ class Chunk:
         return self.group["floor"] * math.sqrt((1 - beta1) / (1 + beta1))
 
     def _turn(self, generators: dict[Side, Tensor], weight: Tensor, strength: Tensor) -> None:
-        group, W = self.group, self.W
         first = {side: side.turn(weight, A, self._like(f"first {side.name}")) for side, A in generators.items()}
         scale = self._scale(list(first.values()), strength)
-        alpha = 1.0
-        if len(W) == 1 and W.device.type == "cpu":
-            alpha = float(scale)
-        else:
-            for X in (*generators.values(), *first.values()):
-                X.mul_(scale.view(-1, 1, 1))
-        moved = None
-        for side, A in generators.items():
-            # (W + moved) A = W A + moved A, of which the first is there already.
-            start = first[side]
-            if moved is not None:
-                start = side.turn(moved, A, self._like("start"), start, alpha=alpha)
-            if group["track"]:
-                self._track(side, A, alpha)
-            moved = self._turned(W, side, A, start, alpha)
-            self.turns.append((side, A, alpha))
-            if group["momentum"] == "transported":
-                self._transport(side, A, alpha)
+        for i, (side, A) in enumerate(generators.items()):
+            if self.group["track"]:
+                self._track(side, A, scale)
+            # The first side starts from the product that measured it; the second finds the weight turned.
+            start = first[side] if i == 0 else side.turn(self._narrow("weight", [self.W]), A, first[side])
+            self._apply(self.W, side, A, start, scale)
+            self.turns.append((side, A, scale))
+            if self.group["momentum"] == "transported":
+                self._transport(side, A, scale)
 
-    def _turned(self, X: Tensor, side: Side, A: Tensor, start: Tensor, alpha: float, name: str = "") -> Tensor:
-        """Turn ``X`` in place; ``start`` is its product with ``A``. Returns the change divided by ``alpha``."""
+    def _apply(self, X: Tensor, side: Side, A: Tensor, start: Tensor, scale: Tensor) -> None:
+        """Turn ``X`` in place; ``start`` is its product with ``A`` and may be overwritten."""
         group = self.group
         if group["map"] == "cayley":
-            turned = cayley_turn(X, A.to(X.dtype) * (alpha / 2), side.name)
-            moved = ((turned - X) / alpha).to(self.dtype)
-            X.copy_(turned)
-            return moved
-        coefficients = map_coefficients(group["map"], group["exp_order"], group["polish"])
-        moved, factor = start, coefficients[-1]
-        for k in range(len(coefficients) - 2, 0, -1):
-            out = self._like(f"{name}{side.name} {k % 2}")
-            moved = side.turn(moved, A, out, start, beta=coefficients[k], alpha=alpha * factor)
-            factor = 1.0
-        # Only this sum touches the weight: what is rounded to the dtype of the products is its change, not itself.
-        X.add_(moved, alpha=alpha)
-        return moved
+            X.copy_(cayley_turn(X, A.to(X.dtype) * (scale.to(X.dtype).view(-1, 1, 1) / 2), side.name))
+            return
+        term, other = start, self._like("term")
+        for k, c in enumerate(map_coefficients(group["map"], group["exp_order"], group["polish"])[1:], start=1):
+            if k > 1:
+                term, other = side.turn(term, A, other), term
+            if c:
+                # Only these sums touch the weight: what is rounded to the dtype of the products is its change.
+                _add_scaled(X, term, c * scale**k)
 
-    def _transport(self, side: Side, A: Tensor, alpha: float) -> None:
+    def _transport(self, side: Side, A: Tensor, scale: Tensor) -> None:
         """Carry the ambient moments along with the weights."""
         moments = [state["momentum_buffer"] for state in self.states]
         M = moments[0] if len(moments) == 1 else torch.cat(moments)
-        start = side.turn(self._narrow("moment", [M]), A, self._like("moment start"))
-        self._turned(M, side, A, start, alpha, "moment ")
+        self._apply(M, side, A, side.turn(self._narrow("moment", [M]), A, self._like("moment start")), scale)
         if len(moments) > 1:
             torch._foreach_copy_(moments, list(M.split(self.counts)))
+
+    def _scale(self, first: list[Tensor], strength: Tensor) -> Tensor:
+        """What the generators of each matrix are multiplied by, ``(N,)`` in float64."""
+        group = self.group
+        usual = self._usual()
+        taper = (strength.double() / usual).clamp(max=1) if usual else torch.ones_like(strength, dtype=torch.float64)
+        if group["rms"] is None:
+            beta1, beta2 = group["betas"]
+            correction = 1.0
+            if group["variant"] == "adaptive":
+                root = math.sqrt(1 - beta2**self.step) if group["second_moment"] else 1.0
+                correction = root / (1 - beta1**self.step)
+            return taper * (self.lr * correction)
+        total = first[0] if len(first) == 1 else torch.add(*first, out=self._like("term"))
+        norm = _norms(total).double()
+        target = self.lr * group["rms"] * math.sqrt(self.shape[0] * self.shape[1])
+        return taper * target / norm.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _begin_tracking(self) -> None:
         """Note the first spectrum, and what the decay does to the logarithm of the norm."""
@@ -272,7 +264,7 @@ class Chunk:
         for state in self.states:
             state["causes"][:, 1] += math.log1p(-self.lr * self.group["weight_decay"])
 
-    def _track(self, side: Side, A: Tensor, alpha: float) -> None:
+    def _track(self, side: Side, A: Tensor, scale: Tensor) -> None:
         """Note how much the factor about to be applied changes the norm because its series is cut, which is exact.
 
         ``||W f(A)||^2 = tr W f(-A) f(A) W^T`` and ``tr W A^{2j} W^T = (-1)^j ||W A^j||^2``.
@@ -281,8 +273,8 @@ class Chunk:
             return
         coefficients = map_coefficients(self.group["map"], self.group["exp_order"], self.group["polish"])
         term = self.W.to(torch.float64)
-        A = A.to(torch.float64) * alpha
-        before, change = _norms(term).square(), torch.zeros(len(term), dtype=torch.float64, device=A.device)
+        A = A.to(torch.float64) * scale.view(-1, 1, 1)
+        before, change = _norms(term).square(), torch.zeros_like(scale)
         for j, g in enumerate(gram_coefficients(coefficients)[::2]):
             if j:
                 term = side.turn(term, A, torch.empty_like(term))
@@ -291,29 +283,21 @@ class Chunk:
         for state, part in zip(self.states, growth.split(self.counts), strict=True):
             state["causes"][:, 0] += part
 
-    def _scale(self, first: list[Tensor], strength: Tensor) -> Tensor:
-        """What the generators of each matrix are multiplied by, ``(N,)``."""
-        group = self.group
-        usual = self._usual()
-        taper = (strength / usual).clamp(max=1) if usual else torch.ones_like(strength)
-        if group["rms"] is None:
-            beta1, beta2 = group["betas"]
-            correction = 1.0
-            if group["variant"] == "adaptive":
-                root = math.sqrt(1 - beta2**self.step) if group["second_moment"] else 1.0
-                correction = root / (1 - beta1**self.step)
-            return taper * (self.lr * correction)
-        total = first[0] if len(first) == 1 else torch.add(*first, out=self._like("start"))
-        norm = _norms(total)
-        target = self.lr * group["rms"] * math.sqrt(self.shape[0] * self.shape[1])
-        return taper * target / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-
 
 def _silence(S: Tensor, noise: Tensor) -> None:
     """Set generators to zero that do not stand above the rounding of the products they come from."""
     loud = _norms(S, enough=noise) > noise
     if S.device.type != "cpu" or not bool(loud.all()):
         S.mul_(loud.unsqueeze(1))
+
+
+def _add_scaled(X: Tensor, term: Tensor, factors: Tensor) -> None:
+    """``X_i += factors_i term_i`` for the matrices of a batch; ``term`` may have a narrower dtype."""
+    if X.device.type == "cpu" and X[0].numel() >= _LARGE:
+        for x, t, factor in zip(X, term, factors.tolist(), strict=True):
+            x.add_(t, alpha=factor)
+    else:
+        X.addcmul_(term.to(X.dtype), factors.to(X.dtype).view(-1, 1, 1))
 
 
 def _norms(X: Tensor, *, enough: Tensor | float | None = None) -> Tensor:

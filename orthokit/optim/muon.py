@@ -210,7 +210,7 @@ class Muon(MatrixOptimizer):
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+            state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)  # pyright: ignore[reportArgumentType]
         return state["momentum_buffer"]
 
     def _stack(self, chunk: list[Piece], group: dict[str, Any]) -> Tensor:

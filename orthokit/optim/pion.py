@@ -31,9 +31,11 @@ __all__ = ["Pion"]
 SIDES = ("both", "alternate", "in", "out")
 MOMENTA = ("lie", "ambient", "transported")
 VARIANTS = ("adaptive", "sign")
+# Powers of the generators leave the range of float16.
+PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
 
-# Entries from which a matrix on a CPU goes through a step by itself, in place and through buffers that fit the caches.
-_LARGE = 1 << 15
+# Entries of the generators that go through a step at once on a CPU.
+_ROOM = 1 << 20
 
 
 class Pion(MatrixOptimizer):
@@ -167,8 +169,8 @@ class Pion(MatrixOptimizer):
             raise OptionError(f"eps must be above 0; got {group['eps']}.")
         if group["rms"] is not None and not group["rms"] > 0:
             raise OptionError(f"rms must be above 0, or None for a step without scale; got {group['rms']}.")
-        if group["dtype"] is not None and not group["dtype"].is_floating_point:
-            raise OptionError(f"dtype must be a real floating dtype; got {group['dtype']}.")
+        if group["dtype"] not in PRODUCTS:
+            raise OptionError(f"dtype must be bfloat16, float32, float64 or None; got {group['dtype']}.")
         for name, choices in {"sides": SIDES, "momentum": MOMENTA, "variant": VARIANTS}.items():
             if group[name] not in choices:
                 raise unknown_name(name, group[name], choices)
@@ -279,10 +281,10 @@ class Pion(MatrixOptimizer):
 
 
 def step_chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of one shape together; large ones on a CPU alone."""
+    """Pieces of one shape together, on a CPU only as many as the caches hold."""
     for chunk in chunks(pieces):
-        shape = chunk[0].block.shape
-        if chunk[0].parameter.device.type == "cpu" and shape[-2] * shape[-1] >= _LARGE:
-            yield from ([piece] for piece in chunk)
-        else:
-            yield chunk
+        count = len(chunk)
+        if chunk[0].parameter.device.type == "cpu":
+            # What is large is not the matrix but its generators, of the size of the longer side.
+            count = max(1, _ROOM // max(1, chunk[0].block.count * max(chunk[0].block.shape[-2:]) ** 2))
+        yield from (chunk[i : i + count] for i in range(0, len(chunk), count))

@@ -172,7 +172,8 @@ def for_model(
     """
     if isinstance(name_or_class, str) and name_or_class not in OPTIMIZERS:
         raise unknown_name("optimizer", name_or_class, OPTIMIZERS)
-    kind = OPTIMIZERS[name_or_class] if isinstance(name_or_class, str) else name_or_class
+    # Any: each optimizer takes lr and options of its own, which the base does not name.
+    kind: Any = OPTIMIZERS[name_or_class] if isinstance(name_or_class, str) else name_or_class
     if fallback_lr is not None and not fallback_lr >= 0:
         raise OptionError(f"fallback_lr must be at least 0; got {fallback_lr}.")
     table = matrices(model, split_heads=split_heads, split_fused=split_fused, exclude=exclude)

@@ -37,7 +37,8 @@ LAYER_KINDS = {
     "dense": "POET with the effective weight formed in every forward pass",
     "fast": "POET, input-centric, one product kept for the backward pass",
     "low": "POET, input-centric, that product recomputed",
-    "low, uint8": "the same with the frozen weight in eight bits",
+    "weight": "POET, its weight formed in each pass and forgotten between them",
+    "low, uint8": "input-centric, recomputed, with the frozen weight in eight bits",
 }
 
 # Peak memory in GB on one H100, batch 1, by length: Z. Qiu et al. (2026), POET-X, arXiv 2603.05500, table 9.
@@ -136,8 +137,8 @@ def make_layer(kind: str, inputs: int, outputs: int, *, block_size: int = 64, ma
     linear.weight = nn.Parameter(torch.randn(outputs, inputs, generator=g) / inputs**0.5)
     if kind == "plain":
         return linear
-    memory, quantize = "low" if kind.startswith("low") else "fast", "uint8" if "uint8" in kind else None
-    config = POET(block_size, memory=memory, quantize=quantize, map=map)
+    memory = {"low": "low", "low, uint8": "low", "weight": "weight"}.get(kind, "fast")
+    config = POET(block_size, memory=memory, quantize="uint8" if "uint8" in kind else None, map=map)
     layer = config.wrap(linear, keep_base=False, track_spectrum=False)
     with torch.no_grad():
         for side in (layer.input, layer.output):

@@ -65,7 +65,7 @@ def gradients(function, layer, x, weights):
 
 
 @pytest.mark.parametrize("inputs, outputs", SHAPES)
-@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("memory", ["fast", "low", "weight"])
 @pytest.mark.parametrize("variant, block_size", [("block", 4), ("block", 64), ("full", 5), ("full", 0.5)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("map", ["cayley_neumann", "cayley"])
@@ -103,15 +103,16 @@ def test_many_rows_are_turned_as_few_are(dtype, tol, sizes):
 
 
 @pytest.mark.parametrize("quantize", [None, "uint8"])
-def test_memory_modes_agree_in_single_precision(quantize):
-    fast = make(40, 24, dtype=torch.float32, block_size=8, quantize=quantize)
-    low = copy.deepcopy(fast)
-    object.__setattr__(low.config, "memory", "low")
+@pytest.mark.parametrize("other", ["low", "weight"])
+def test_memory_modes_agree_in_single_precision(quantize, other):
+    fast, thrifty = (
+        make(40, 24, dtype=torch.float32, block_size=8, quantize=quantize, memory=m) for m in ("fast", other)
+    )
     x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
     weights = torch.randn(50, 24, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(fast(x), low(x))
-    for ours, theirs in zip(gradients(fast, fast, x, weights), gradients(low, low, x, weights), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(fast(x), thrifty(x), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients(fast, fast, x, weights), gradients(thrifty, thrifty, x, weights), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
     dense = copy.deepcopy(fast).double()
     for ours, theirs in zip(
         gradients(fast, fast, x, weights),
@@ -137,8 +138,9 @@ def saved_bytes(layer, x):
     return sum(kept.values()), output
 
 
-def test_low_memory_keeps_less_by_exactly_the_hidden_product():
-    fast, low = (make(32, 48, dtype=torch.float32, block_size=8, map="cayley", memory=m) for m in ("fast", "low"))
+@pytest.mark.parametrize("mode", ["low", "weight"])
+def test_thrifty_modes_keep_less_by_exactly_the_hidden_product(mode):
+    fast, low = (make(32, 48, dtype=torch.float32, block_size=8, map="cayley", memory=m) for m in ("fast", mode))
     x = torch.randn(1000, 32)
     more, _ = saved_bytes(fast, x)
     less, _ = saved_bytes(low, x)

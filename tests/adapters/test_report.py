@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from orthokit.adapters import POET, attach, spectrum_report
+from orthokit.adapters.block_rotation import rotate_sides
 from orthokit.errors import ParameterError
 
 
@@ -36,7 +37,7 @@ def test_growth_is_the_sum_of_its_causes(options, quantize):
     layer = moved(quantize=quantize, **options)
     found = row(layer)
     W, initial = layer.exact_rotations(), layer.ledger.initial
-    now = layer._rotated(layer.dense(), *W)
+    now = rotate_sides(layer.dense(), *W)
     assert math.isclose(found["growth"], math.log(float(now.norm() / initial.norm())), abs_tol=1e-10)
     parts = found[["truncation", "rounding", "requantization"]].sum()
     assert math.isclose(found["growth"], parts, abs_tol=1e-14)
@@ -62,7 +63,7 @@ def test_causes_are_told_apart():
 def test_noise_predicts_the_typical_change_of_a_singular_value(options):
     layer = moved(48, 48, merges=20, map="cayley", **options)
     found, initial = row(layer), layer.ledger.initial
-    now = torch.linalg.svdvals(layer._rotated(layer.dense(), *layer.exact_rotations()))
+    now = torch.linalg.svdvals(rotate_sides(layer.dense(), *layer.exact_rotations()))
     # The upper half: small values are also pushed apart, which is a second-order effect.
     measured = float((now - initial)[:24].square().mean().sqrt() / initial[0])
     predicted = math.hypot(found["rounding noise"], found["requantization noise"])

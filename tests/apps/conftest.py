@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,6 +63,13 @@ def started() -> Iterator[Callable[..., str]]:
         end(process)
 
 
+CLOSED_TAB = re.compile(
+    r"Task exception was never retrieved\nfuture: [^\n]*WebSocketClosedError\(\)>\n"
+    r"Traceback(?:(?!Task exception).)*?\ntornado\.websocket\.WebSocketClosedError\n",
+    re.DOTALL,
+)
+
+
 @pytest.fixture(scope="session")
 def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of runs of the server."""
@@ -75,7 +83,9 @@ def server(started: Callable[..., str], runs_folder: Path, tmp_path_factory: pyt
     command = ["-m", "orthokit_widgets.serve", "--port", "0", "--root", str(runs_folder)]
     line = started(command, log, "Live pages at")
     yield line.split("Live pages at ")[1].split(" ")[0]
-    assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+    # A tab that closes while a message is on its way: the web server says so itself and drops the message.
+    text = CLOSED_TAB.sub("", log.read_text())
+    assert "Traceback" not in text, text[-4000:]
 
 
 @pytest.fixture

@@ -74,7 +74,9 @@ def test_row_moments_of_the_blocks_of_one_parameter_are_apart():
             self.in_proj_weight = nn.Parameter(randn(12, 4, dtype=torch.float32))
 
     fused = Attention()
-    blocks = for_model(fused, "muon", lr=0.1, split_fused={"in_proj_weight": [4, 4, 4]}, normalize="neuron", method="svd")
+    blocks = for_model(
+        fused, "muon", lr=0.1, split_fused={"in_proj_weight": [4, 4, 4]}, normalize="neuron", method="svd"
+    )
     apart = [nn.Parameter(part.detach().clone()) for part in fused.in_proj_weight.chunk(3)]
     single = Muon(apart, lr=0.1, normalize="neuron", method="svd", adjust_lr_fn="match_rms_adamw")
     for step in range(3):

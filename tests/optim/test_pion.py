@@ -137,7 +137,7 @@ def turns(W: Tensor, G: Tensor, *, dtype: torch.dtype, **options) -> dict[str, T
     state = {key: value[None] if key == "momentum_buffer" else value for key, value in state.items() if key != "step"}
     chunk = Chunk(W[None], [G[None]], [state], group, step=1, dtype=dtype, workspace=Workspace())
     chunk.rotate()
-    return {side.name: alpha * A[0].double() for side, A, alpha in chunk.turns}
+    return {side.name: float(scale) * A[0].double() for side, A, scale in chunk.turns}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -468,8 +468,8 @@ def test_report_tells_the_next_step_and_the_gradient():
     chunk = Chunk(found.clone()[None], [G[None]], [state], optimizer.param_groups[0], step=4, dtype=torch.float64,
                   workspace=Workspace())  # fmt: skip
     chunk.rotate()
-    for side, A, alpha in chunk.turns:
-        angle = alpha * float(torch.linalg.matrix_norm(A[0], 2))
+    for side, A, scale in chunk.turns:
+        angle = float(scale) * float(torch.linalg.matrix_norm(A[0], 2))
         assert row[f"angle_{side.name}"] == pytest.approx(angle, rel=1e-5)
     assert optimizer.report()["angle_in"].iloc[0] == row["angle_in"]
 
@@ -491,6 +491,7 @@ def test_report_without_a_step_says_what_is_missing():
         ({"exp_order": 0}, OptionError),
         ({"polish": 3}, OptionError),
         ({"dtype": torch.int8}, OptionError),
+        ({"dtype": torch.float16}, OptionError),
         ({"map": "qr"}, UnknownNameError),
         ({"sides": "left"}, UnknownNameError),
         ({"variant": "msign"}, UnknownNameError),

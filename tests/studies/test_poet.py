@@ -4,7 +4,7 @@ import pytest
 
 from orthokit.adapters import POET
 from orthokit.errors import UnknownNameError
-from orthokit.studies._engine import run_study
+from orthokit.studies._engine import load_evidence, run_study
 from orthokit.studies.poet import (
     DRIFT_VARIANTS,
     POET_STUDY,
@@ -79,10 +79,22 @@ def test_the_study_runs_at_smoke_size(tmp_path):
     assert all(len(values) == 2 and len(values[0]) == len(steps) for steps, values in curves.values())
 
 
+def test_the_recorded_study_has_every_variant_and_exact_rotations_within_a_hundred_thousandth():
+    table, record = load_evidence("poet_drift")
+    ends = table[table["step"] == 10_000]
+    assert record["size"] == "full" and set(ends["variant"]) == set(DRIFT_VARIANTS)
+    assert (ends.groupby("variant")["seed"].nunique() == record["seeds"]).all()
+    worst = ends.groupby("variant")["drift"].max()
+    assert worst["exact Cayley"] <= 1e-5 and worst["4 terms, polished"] <= 1e-5
+    assert worst["3 terms (published)"] > 1e-2  # what the published series does
+    exact = ends[ends["variant"] == "exact Cayley"]
+    assert (exact["rounding"] > 1e3 * exact["truncation"].abs()).all()
+
+
 def test_memory_modes_are_ordered_as_they_should_be():
     table = memory_table(64, 96, rows=500, block_size=16)
     assert list(table.index) == list(LAYER_KINDS)
-    assert table.loc["low", "kept"] < table.loc["fast", "kept"]
+    assert table.loc["low", "kept"] == table.loc["weight", "kept"] < table.loc["fast", "kept"]
     assert table.loc["fast", "kept"] - table.loc["low", "kept"] > 500 * 96 * 4 * 0.9
     assert table.loc["low, uint8", "weights"] < 0.6 * table.loc["low", "weights"]
     # Gradients and moments: (out + in) (b - 1) / 2 numbers against out * in.
