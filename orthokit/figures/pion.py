@@ -63,7 +63,7 @@ def drift_budget(
     steps: Any,
     drifts: Mapping[Any, Mapping[Any, Any]],
     *,
-    title: str = "Does the spectrum drift because the series is cut, or because numbers are rounded?",
+    title: str = "Is it truncation or rounding that moves the spectrum?",
 ) -> dict[str, Any]:
     r"""The logarithmic change of the Frobenius norm over steps, split by cause, one panel per way of stepping.
 
@@ -104,8 +104,7 @@ def drift_budget(
         said.append(f"{label}: {', '.join(ends)}")
         domain = [(panel - 1) * width + (0.02 if panel > 1 else 0), panel * width]
         # The way is the title of its axis: a panel heading beside a legend would be read as part of it.
-        title_of = {"title": {"text": f"step<br><b>{label}</b>"}, "domain": domain, "anchor": "y"}
-        layout[f"xaxis{suffix}"] = title_of
+        layout[f"xaxis{suffix}"] = {"title": {"text": f"step, {label}"}, "domain": domain, "anchor": "y"}
     return build(
         "drift_budget",
         data,

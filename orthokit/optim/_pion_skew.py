@@ -21,7 +21,7 @@ from torch import Tensor
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.skew import packed_size
 
-__all__ = ["fold", "folded_parts", "skew_product", "unfold"]
+__all__ = ["fold", "folded_parts", "skew_product", "transposed", "unfold"]
 
 # Triangles are copied in square tiles; only the ones on the diagonal hold both triangles and need a mask.
 _TILE = 192
@@ -113,10 +113,7 @@ def _with_transpose(X: Tensor, dtype: torch.dtype, workspace: Workspace, sign: i
     count, rows, columns = X.shape
     straight = workspace.get("straight", (count, rows, columns), dtype, X.device).copy_(X)
     turned = workspace.get("turned", (count, columns, rows), dtype, X.device)
-    if count == 1:
-        turned[0].copy_(straight[0].mT)  # the shape that torch transposes block by block
-    else:
-        turned.copy_(straight.mT)
+    transposed(straight, turned)
     return straight, turned.neg_() if sign < 0 else turned
 
 
@@ -129,7 +126,19 @@ def skew_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace) -> Ten
         out: Where the result goes, usually wider than the products.
         workspace: Scratch memory.
     """
-    # Two products: to transpose the first one and subtract takes as long, and rounds once more.
     S = workspace.get("skew", (len(P), P.shape[1], P.shape[1]), P.dtype, P.device)
     torch.bmm(P, Q.mT, out=S)
-    return fold(S.baddbmm_(Q, P.mT, alpha=-1), out, workspace)
+    if len(P) > 1 or P.shape[-1] < P.shape[1]:
+        # A second product takes no longer than to transpose the first, unless its sums are long.
+        return fold(S.baddbmm_(Q, P.mT, alpha=-1), out, workspace)
+    turned = transposed(S, workspace.get("skew turned", tuple(S.shape), S.dtype, S.device))
+    return fold(S.sub_(turned), out, workspace)
+
+
+def transposed(X: Tensor, out: Tensor) -> Tensor:
+    """``X^T`` of every matrix of a batch, in ``out``."""
+    if len(X) == 1:
+        out[0].copy_(X[0].mT)  # the shape that torch transposes block by block
+    else:
+        out.copy_(X.mT)
+    return out

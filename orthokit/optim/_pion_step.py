@@ -13,7 +13,7 @@ from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.polar import orthogonalize_
 from orthokit.linalg.skew import packed_size
 from orthokit.optim._pion_maps import cayley_turn, gram_coefficients, map_coefficients
-from orthokit.optim._pion_skew import fold, skew_product, unfold
+from orthokit.optim._pion_skew import fold, skew_product, transposed, unfold
 
 __all__ = ["Chunk", "Side", "active_sides", "kept_sides"]
 
@@ -96,7 +96,7 @@ class Chunk:
         weight, gradient = self._narrow("weight", [W]), self._narrow("gradient", inputs)
         # The products round once, and gradients come with the rounding of everything before them.
         unit = max(torch.finfo(self.dtype).eps, 8 * torch.finfo(W.dtype).eps)
-        quiet = unit * _norms(W) * _norms(inputs[0] if len(inputs) == 1 else gradient)
+        quiet = unit * _norms(weight) * _norms(gradient)
         active = active_sides(group["sides"], self.shape, self.step)
         generators, strengths = {}, []
         for side in kept_sides(group["sides"], self.shape):
@@ -137,7 +137,7 @@ class Chunk:
         summands = P.shape[-1]
         if side.name == "in" and side.size > summands:
             # On CPUs a wide product whose left factor is read across its rows takes several times as long.
-            P, Q = (self._buffer(name, *X.shape).copy_(X) for name, X in (("left", P), ("right", Q)))
+            P, Q = (transposed(X.mT, self._buffer(name, *X.shape)) for name, X in (("left", P), ("right", Q)))
         skew_product(P, Q, S, self.workspace)
         _silence(S, quiet / math.sqrt(2 * summands))
         parts, size = list(S.split(self.counts)), S.shape[1]

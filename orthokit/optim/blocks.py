@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -92,4 +93,13 @@ def nonfinite_error(names: Iterable[str]) -> NonFiniteError:
 
 
 def _finite(values: Iterable[Tensor]) -> list[bool]:
-    return torch.stack([value.to(device="cpu", dtype=torch.float64) for value in values]).isfinite().tolist()
+    # One transfer for each kind of scalar, not one a scalar: with many small matrices those would be the step's cost.
+    listed, kinds = list(values), defaultdict(list)
+    for i, value in enumerate(listed):
+        kinds[value.dtype, value.device].append(i)
+    good = [True] * len(listed)
+    for members in kinds.values():
+        found = torch.stack([listed[i] for i in members]).isfinite().tolist()
+        for i, fine in zip(members, found, strict=True):
+            good[i] = fine
+    return good

@@ -132,3 +132,14 @@ def test_cubic_rows_keep_their_linear_part_in_every_dtype(dtype, side):
     result = iterate(X, table, **options("frobenius", 0), overwrite=False)
     expected = iterate_differentiable(X.double(), table, **options("frobenius", 0))
     assert (result.double() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["jordan", "polar_express", "you"])
+@pytest.mark.parametrize("shape", [(1, 128, 200), (2, 130, 130)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 0.06)])
+def test_large_matrices_follow_the_formulas_too(name, shape, dtype, tolerance):
+    # Five steps amplify the rounding of bfloat16 (2^-8) about tenfold, in either form of the quadratic.
+    X, table = randn(*shape).to(dtype), coefficient_table(name, 5)
+    result = iterate(X, table, **options("frobenius", 0), overwrite=False)
+    expected = iterate_differentiable(X.double(), table, **options("frobenius", 0))
+    assert (result.double() - expected).norm() < tolerance * expected.norm()
