@@ -32,22 +32,20 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def pion_flop(shapes: Shapes, *, sides: str = "both", products: int = 2) -> float:
-    """FLOP of the products of one step: three quarters of two products a side for the generators, then the turns.
+    """FLOP that one step needs at least: a product a side for the generators, ``products`` for the turns, one to scale.
 
     Args:
         shapes: ``(out, in)`` of every matrix.
         sides: ``"both"`` or ``"alternate"``, which turns one side a step: the average of two steps.
-        products: Terms of the map; the side that is turned second needs one product more.
+        products: Terms of the map. What scales the step is the first product of the longer side; the other side starts
+            once more from the weight that has been turned.
     """
     total = 0.0
     for shape in shapes:
         c, b = sorted(shape)
-        generators = 3 * (b * b * c + b * c * c)
-        if sides == "alternate":
-            turns = products * (b * b * c + b * c * c)
-        else:
-            turns = 2 * products * b * b * c + 2 * (products + 1) * b * c * c
-        total += generators + turns
+        long, short = 2.0 * b * b * c, 2.0 * b * c * c
+        turns = products * (long + short) / 2 if sides == "alternate" else products * (long + short) + short
+        total += long + short + turns
     return total
 
 

@@ -109,7 +109,7 @@ class Pion(MatrixOptimizer):
         The state is ``out^2 + in^2`` numbers a matrix (half of that without second moment), half of the published
         size: skew matrices and their squares are stored folded. A generator that does not stand above the rounding of
         its products counts as zero. Per step and matrix, with ``b`` the larger and ``c`` the smaller of ``out`` and
-        ``in``: about ``7 b^2 c + 9 b c^2`` FLOP of products at order 2.
+        ``in``: about ``8 b^2 c + 10 b c^2`` FLOP of products at order 2.
 
     References:
         Pion: an orthogonal optimizer without reparameterisation (2026), arXiv 2605.12492. Folded state, the floor, the
@@ -191,7 +191,7 @@ class Pion(MatrixOptimizer):
 
     def _cost(self, block: MatrixBlock, group: dict[str, Any]) -> float:
         c, b = sorted(block.shape[-2:])
-        return block.count * (7.0 * b * b * c + 9.0 * b * c * c)
+        return block.count * (8.0 * b * b * c + 10.0 * b * c * c)
 
     def _update(self, group: dict[str, Any]) -> None:
         alike: dict[int, list[Piece]] = defaultdict(list)

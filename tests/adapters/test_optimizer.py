@@ -232,12 +232,12 @@ def test_ten_thousand_steps_worth_of_merges_keep_the_spectrum_with_exact_rotatio
     assert report["drift"].max() < 1e-6 and set(report["cause"]) == {"rounding"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"map": "cayley"}, {"terms": 4, "polish": 2}])
-def test_ten_thousand_steps_move_the_spectrum_by_less_than_a_hundred_thousandth(options):
+def test_a_thousand_steps_move_the_spectrum_by_less_than_a_hundred_thousandth(options):
+    # The study poet_drift takes the 10,000 steps; what these move must be far within that bound already.
     model, loss = problem(merge_every=20, **options)
     optimizer = POETOptimizer(model, lr=1e-3, generator_lr=1e-3)
-    train(model, loss, optimizer, 10_000)
+    train(model, loss, optimizer, 1000)
     report = spectrum_report(model)
-    assert optimizer.merges == {"0": 500, "3": 500}
+    assert optimizer.merges == {"0": 50, "3": 50}
     assert report["drift"].max() <= 1e-5 and set(report["cause"]) == {"rounding"}
