@@ -90,7 +90,7 @@ def _next_step(
         turned,
         [G],
         [copies],
-        group | {"weight_decay": 0.0, "track": False},
+        group | {"weight_decay": 0.0, "track": False, "restore_every": 0},
         step=step,
         dtype=product_dtype(piece.parameter, group),
         workspace=Workspace(),

@@ -44,7 +44,9 @@ def state_sizes(block: MatrixBlock, group: dict[str, Any]) -> dict[str, int]:
             sizes[f"m_{side.name}"] = packed
         sizes[f"v_{side.name}"] = packed if group["second_moment"] else 1
     if group["track"]:
-        sizes |= {"causes": 2, "spectrum": min(shape)}
+        sizes["causes"] = 2
+    if group["track"] or group["restore_every"]:
+        sizes["spectrum"] = min(shape)
     return sizes
 
 

@@ -88,8 +88,12 @@ class Chunk:
     def rotate(self) -> None:
         """The step."""
         group, W = self.group, self.W
+        if self.step == 1 and (group["track"] or group["restore_every"]):
+            found = torch.linalg.svdvals(W)
+            torch._foreach_copy_([state["spectrum"] for state in self.states], list(found.split(self.counts)))
         if group["track"]:
-            self._begin_tracking()
+            for state in self.states:
+                state["causes"][:, 1] += math.log1p(-self.lr * group["weight_decay"])
         if group["weight_decay"]:
             W.mul_(1 - self.lr * group["weight_decay"])
         inputs = self.grads if group["momentum"] == "lie" else self._ambient()
@@ -107,6 +111,8 @@ class Chunk:
                 strengths.append(strength)
         if generators and self.lr:
             self._turn(generators, weight, torch.stack(strengths).amax(0))
+        if group["restore_every"] and self.step % group["restore_every"] == 0:
+            self._restore()
 
     def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.workspace.get(f"pion {name}", shape, dtype or self.dtype, self.W.device)
@@ -256,13 +262,14 @@ class Chunk:
         target = self.lr * group["rms"] * math.sqrt(self.shape[0] * self.shape[1])
         return taper * target / norm.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def _begin_tracking(self) -> None:
-        """Note the first spectrum, and what the decay does to the logarithm of the norm."""
-        if self.step == 1:
-            found = torch.linalg.svdvals(self.W)
-            torch._foreach_copy_([state["spectrum"] for state in self.states], list(found.split(self.counts)))
+    def _restore(self) -> None:
+        """Give every matrix its first singular values back; its singular vectors stay."""
+        U, _, Vh = torch.linalg.svd(self.W, full_matrices=False)
+        spectrum = torch.cat([state["spectrum"] for state in self.states])
+        torch.bmm(U * spectrum.unsqueeze(1), Vh, out=self.W)
         for state in self.states:
-            state["causes"][:, 1] += math.log1p(-self.lr * self.group["weight_decay"])
+            if "causes" in state:
+                state["causes"].zero_()
 
     def _track(self, side: Side, A: Tensor, scale: Tensor) -> None:
         """Note how much the factor about to be applied changes the norm because its series is cut, which is exact.

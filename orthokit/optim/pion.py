@@ -83,6 +83,9 @@ class Pion(MatrixOptimizer):
             ``True``. Without them rounding changes the spectrum more than the rotations.
         dtype: Precision of the products; default the fastest measured here for float32 and below, float64 for float64.
             Only generators and changes are rounded to it, never the weights.
+        restore_every: Every that many steps, give each matrix the singular values back that it had at the first one, by
+            a singular value decomposition; default 0, never. The drift, whatever its cause, stays that of so many
+            steps.
         track: Keep the first spectrum and the drift that each step's truncation causes, for :meth:`report`; default
             ``False``. Costs one singular value decomposition at the start and about one more application a step.
         blocks: The matrix blocks of each parameter, from ``matrices``; default read from the shape. ``optim.for_model``
@@ -136,6 +139,7 @@ class Pion(MatrixOptimizer):
         weight_decay: float = 0.0,
         compensated: bool = True,
         dtype: torch.dtype | None = None,
+        restore_every: int = 0,
         track: bool = False,
         blocks: Mapping[Any, list[MatrixBlock]] | None = None,
         process_group: Any = None,
@@ -156,6 +160,7 @@ class Pion(MatrixOptimizer):
             "weight_decay": weight_decay,
             "compensated": compensated,
             "dtype": dtype,
+            "restore_every": restore_every,
             "track": track,
         }
         self._workspace = Workspace()
@@ -171,6 +176,10 @@ class Pion(MatrixOptimizer):
             raise OptionError(f"rms must be above 0, or None for a step without scale; got {group['rms']}.")
         if group["dtype"] not in PRODUCTS:
             raise OptionError(f"dtype must be bfloat16, float32, float64 or None; got {group['dtype']}.")
+        if not group["restore_every"] >= 0:
+            raise OptionError(f"restore_every must be at least 0; got {group['restore_every']}.")
+        if group["restore_every"] and group["weight_decay"]:
+            raise OptionError("restore_every would undo weight_decay; leave one of them at 0.")
         for name, choices in {"sides": SIDES, "momentum": MOMENTA, "variant": VARIANTS}.items():
             if group[name] not in choices:
                 raise unknown_name(name, group[name], choices)

@@ -450,6 +450,22 @@ def test_report_splits_the_drift_by_cause():
     assert abs(row["rounding"]) > 10 * abs(row["truncation"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_restoring_stops_the_drift(dtype):
+    W, grads = (STD * randn(10, 8)).to(dtype), gradients(10, 8, steps=40)
+    options = {"lr": 5e-3, "exp_order": 1, "track": True}
+    drifts = []
+    for every in (0, 10):
+        _, optimizer = train(W, grads, restore_every=every, **options)
+        drifts.append(float(optimizer.report()["drift"].iloc[0]))
+    # The fortieth step ends with a restoration, to rounding of the dtype that sums are made in.
+    assert drifts[0] > 1e-2 and drifts[1] < (1e-13 if dtype == torch.float64 else 1e-5)
+    found, _ = train(W, grads[:39], restore_every=10, **options)
+    kept, _ = train(W, grads[:39], **options)
+    # Directions are those of the drifting run, up to what the drift has turned since.
+    assert torch.cosine_similarity((found - W).double().flatten(), (kept - W).double().flatten(), dim=0) > 0.9
+
+
 def test_report_tells_the_next_step_and_the_gradient():
     W, grads = STD * randn(10, 8), gradients(10, 8, steps=3)
     found, optimizer = train(W, grads, lr=1e-3)
@@ -496,6 +512,8 @@ def test_report_without_a_step_says_what_is_missing():
         ({"sides": "left"}, UnknownNameError),
         ({"variant": "msign"}, UnknownNameError),
         ({"variant": "sign"}, OptionError),
+        ({"restore_every": -1}, OptionError),
+        ({"restore_every": 5, "weight_decay": 0.1}, OptionError),
     ],
     ids=str,
 )
