@@ -5,6 +5,7 @@ Every check runs on all processes at once and compares with one process, which e
 
 # ruff: noqa: E402 - the annotation checks must be installed before orthokit is imported
 
+import faulthandler
 import importlib.util
 import itertools
 import json
@@ -64,6 +65,7 @@ def on(*sizes: int) -> Callable:
 
 def serve(rank: int, size: int, folder: str, names: list[str], backend: str = "gloo") -> None:
     """One process: run the named checks and write what each of them said."""
+    faulthandler.enable()  # a process that crashes says where
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -77,8 +79,9 @@ def serve(rank: int, size: int, folder: str, names: list[str], backend: str = "g
             found[name] = "passed"
         except BaseException:
             found[name] = traceback.format_exc()
+        # After every check: if a process dies, what was found before it stays known.
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
         dist.barrier()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
