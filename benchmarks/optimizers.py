@@ -3,14 +3,17 @@
 Layouts: the matrices of a small GPT (6 layers of width 384, 10.6 million entries) with q, k, v and o apart (36
 matrices) or q, k and v fused (24), many small matrices, where calls are what costs, and four of 1024 x 1024. All
 optimizers of the kind run five Newton-Schulz steps on the same gradients. The roof is a stack of products, two of
-1024 x 1024 for each thread, in the fastest dtype here: a single one would keep one core busy only.
+1024 x 1024 for each thread, in the fastest dtype here: a single one would keep one core busy only. Below each table
+stands what a step could cost at best: products at the rates that their own shapes reach, and passes over memory.
 """
 
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -120,6 +123,46 @@ def newton_schulz_flop(shapes: Shapes, steps: int = 5) -> float:
     return float(sum(steps * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes))
 
 
+def fastest(call: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the best of a few calls: other load only ever slows one down."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def floor(shapes: Shapes, steps: int = 5) -> str:
+    """What a step could cost at best here: its products at the rate of each shape, its passes at that of memory.
+
+    Seven float32 passes are counted: the gradients for the check, buffers and gradients in, buffers out, weights in and
+    out, and half a pass each for the stack and the directions in half precision.
+    """
+    dtype, products, alone = fast_matmul_dtype("cpu"), 0.0, 0.0
+    for (rows, columns), count in Counter(shapes).items():
+        m = min(rows, columns)
+        batch = max(1, min(count, (1 << 22) // (rows * columns)))
+        X, A = torch.randn(batch, rows, columns).to(dtype), torch.randn(batch, m, m).to(dtype)
+        tall, out, turned = rows > columns, torch.empty_like(A), torch.empty_like(X)
+        sides = (X.mT, X) if tall else (X, X.mT)
+        gram = count / batch * fastest(partial(torch.bmm, *sides, out=out))
+        square = count / batch * fastest(partial(torch.bmm, A, A, out=out))
+        moved = count / batch * fastest(partial(torch.bmm, *((X, A) if tall else (A, X)), out=turned))
+        alone += steps * (gram + square + moved)
+        # For wide matrices two steps share a Gram matrix, for three more small products.
+        shared = steps // 2 * (3 * square - gram - moved)
+        products += steps * (gram + square + moved) + min(0.0, shared)
+    entries = sum(rows * columns for rows, columns in shapes)
+    source = torch.zeros(1 << 24)
+    bandwidth = 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source))
+    passes = 7 * 4 * entries / bandwidth
+    return (
+        f"At best: products {products * 1e3:.3g} ms ({alone * 1e3:.3g} ms one step at a time), passes "
+        f"{passes * 1e3:.3g} ms at {bandwidth / 1e9:.3g} GB/s, together {(products + passes) * 1e3:.3g} ms."
+    )
+
+
 def stepper(build: Build, shapes: Shapes) -> Callable[[], object]:
     """One step of an optimizer over its own copy of the matrices."""
     g = torch.Generator().manual_seed(0)
@@ -157,7 +200,9 @@ def step_case(title: str, shapes: Shapes, options: Options, builders: dict[str, 
     entries = sum(rows * columns for rows, columns in shapes)
     flop = f"{work['torch.optim.Muon'] / 1e9:.3g} GFLOP in five steps"
     label = f"{title}: {len(shapes)} matrices, {entries / 1e6:.3g} M entries, {flop}"
-    return Case(label, candidates | {name: product}, "torch.optim.Muon", work=work, roof=name, notes=(note,))
+    return Case(
+        label, candidates | {name: product}, "torch.optim.Muon", work=work, roof=name, notes=(floor(shapes), note)
+    )
 
 
 def cases(options: Options) -> Iterator[Case]:

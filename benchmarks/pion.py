@@ -3,9 +3,13 @@
 Layouts: the matrices of a small GPT (6 layers of width 384, 10.6 million entries; 36 matrices), many small matrices,
 where calls are what costs, and four of 1024 x 1024. All optimizers step on the same gradients. No other Pion runs on
 CPUs, so the baseline is torch.optim.Muon, the optimizer it would replace. The roof is the rate of products.
+
+Two more candidates do what no Pion can leave out: its products alone, and one pass of fused AdamW over its moments.
+Their sum is the least a step could take with these operations, and is printed below the tables. What lies above it is
+folding and unfolding generators, rounding them and the weights to the dtype of the products, and the calls themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +17,15 @@ from torch import nn
 
 from benchmarks.harness import Case, Options, Result, run
 from benchmarks.optimizers import Build, Shapes, gpt_shapes, newton_schulz_flop, roof, stepper
+from orthokit.device import fast_matmul_dtype
+from orthokit.linalg.skew import packed_size
 from orthokit.optim import Muon, Pion
 
-__all__ = ["cases", "main", "pion_flop", "published_state", "state_bytes"]
+__all__ = ["cases", "floor_lines", "main", "moment_numbers", "pion_flop", "published_state", "state_bytes"]
+
+PRODUCTS, MOMENTS = "least: Pion's products", "least: Pion's moments"
+# float32: the generator and two moments are read and written once, after a generator in the products' dtype was read.
+BYTES_A_NUMBER = 6 * 4 + 4 + 2
 
 RIVALS: dict[str, Build] = {
     "torch.optim.Muon": lambda p: torch.optim.Muon(p, lr=1e-3),
@@ -49,6 +59,46 @@ def pion_flop(shapes: Shapes, *, sides: str = "both", products: int = 2) -> floa
     return total
 
 
+def products_alone(shapes: Shapes) -> Callable[[], object]:
+    """The products of :func:`pion_flop` and nothing else, in the fastest dtype here."""
+    dtype = fast_matmul_dtype("cpu")
+    made: dict[tuple[int, int], torch.Tensor] = {}
+    calls = []
+    for m, n in shapes:
+        generators, turns = [((n, m), (m, n)), ((m, n), (n, m))], [((m, n), (n, n)), ((m, m), (m, n))] * 2
+        again = turns[1] if n >= m else turns[0]
+        for pair in (*generators, *turns, again):
+            for shape in pair:
+                if shape not in made:
+                    made[shape] = torch.randn(shape).to(dtype)
+            left, right = (made[shape] for shape in pair)
+            calls.append((left, right, torch.empty(len(left), right.shape[1], dtype=dtype)))
+    return lambda: [torch.mm(left, right, out=out) for left, right, out in calls]
+
+
+def moment_numbers(shapes: Shapes) -> int:
+    """Entries of all generators, folded."""
+    return sum(packed_size(m) + packed_size(n) for m, n in shapes)
+
+
+def moments_alone(shapes: Shapes) -> Callable[[], object]:
+    """One read of the generators and one pass of fused AdamW over them and their moments, matrix by matrix."""
+    sides = [packed_size(side) for shape in shapes for side in shape]
+    ps = [nn.Parameter(torch.zeros(size)) for size in sides]
+    generators = [torch.randn(size).to(fast_matmul_dtype("cpu")) for size in sides]
+    optimizers = []
+    for p in ps:
+        p.grad = p.data
+        optimizers.append(torch.optim.AdamW([p], lr=1.0, weight_decay=1.0, fused=True))
+
+    def step() -> None:
+        for p, generator, optimizer in zip(ps, generators, optimizers, strict=True):
+            p.data.copy_(generator)
+            optimizer.step()
+
+    return step
+
+
 def state_bytes(build: Build, shapes: Shapes) -> int:
     """Bytes that an optimizer keeps for matrices of these shapes."""
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -67,6 +117,7 @@ def published_state(shapes: Shapes, *, second_moment: bool = True) -> int:
 
 def case(title: str, shapes: Shapes, options: Options, *, side: int) -> Case:
     """All optimizers on matrices of these shapes."""
+    torch.manual_seed(0)
     builders = RIVALS | {name: (lambda p, given=given: Pion(p, lr=1e-3, **given)) for name, given in OURS.items()}
     top, product, flop = roof(side, options.threads)
     work = {top: flop, "torch.optim.Muon": newton_schulz_flop(shapes), "orthokit Muon": newton_schulz_flop(shapes)}
@@ -76,13 +127,15 @@ def case(title: str, shapes: Shapes, options: Options, *, side: int) -> Case:
         "Pion, alternate": pion_flop(shapes, sides="alternate"),
         "Pion, cayley_neumann": pion_flop(shapes, products=3),
         "Pion, float32 products": pion_flop(shapes),
+        PRODUCTS: pion_flop(shapes),
     }
     entries = sum(m * n for m, n in shapes)
     state = {name: f"{state_bytes(build, shapes) / entries:.1f}" for name, build in builders.items()}
     published = published_state(shapes) / entries
     return Case(
         title,
-        {name: stepper(build, shapes) for name, build in builders.items()} | {top: product},
+        {name: stepper(build, shapes) for name, build in builders.items()}
+        | {PRODUCTS: products_alone(shapes), MOMENTS: moments_alone(shapes), top: product},
         baseline="torch.optim.Muon",
         work=work,
         roof=top,
@@ -91,19 +144,46 @@ def case(title: str, shapes: Shapes, options: Options, *, side: int) -> Case:
     )
 
 
+def layouts(*, quick: bool) -> dict[str, tuple[Shapes, int]]:
+    """Title to the shapes of all matrices and the side of the products that are the roof."""
+    if quick:
+        return {"GPT, 2 layers of width 64": (gpt_shapes(2, 64), 256), "8 matrices of 32 x 32": ([(32, 32)] * 8, 256)}
+    return {
+        "GPT, 6 layers of width 384": (gpt_shapes(6, 384), 1024),
+        "64 matrices of 32 x 32": ([(32, 32)] * 64, 1024),
+        "4 matrices of 1024 x 1024": ([(1024, 1024)] * 4, 1024),
+    }
+
+
 def cases(options: Options) -> Iterator[Case]:
     """The layouts."""
-    side = 256 if options.quick else 1024
-    layers, width = (2, 64) if options.quick else (6, 384)
-    yield case(f"GPT, {layers} layers of width {width}", gpt_shapes(layers, width), options, side=side)
-    yield case("64 matrices of 32 x 32", [(32, 32)] * (8 if options.quick else 64), options, side=side)
-    if not options.quick:
-        yield case("4 matrices of 1024 x 1024", [(1024, 1024)] * 4, options, side=side)
+    for title, (shapes, side) in layouts(quick=options.quick).items():
+        yield case(title, shapes, options, side=side)
+
+
+def floor_lines(result: Result, shapes: Shapes) -> list[str]:
+    """What the step of a layout needs at least, counted and measured in the run, in units of the baseline."""
+    base, products, moments = (result.median(name) for name in (result.case.baseline, PRODUCTS, MOMENTS))
+    flop, size = pion_flop(shapes), BYTES_A_NUMBER * moment_numbers(shapes)
+    lines = [
+        f"{result.case.title}: {flop / 1e9:.4g} GFLOP of products at {flop / products / 1e9:.4g} GFLOP/s and "
+        f"{size / 1e6:.4g} MB of generators and moments at {size / moments / 1e9:.3g} GB/s"
+    ]
+    for name, share in (("Pion", 1.0), ("Pion, alternate", pion_flop(shapes, sides="alternate") / flop)):
+        least = (share * products + moments) / base
+        ratio = result.median(name) / base
+        lines.append(f"  {name}: at least {least:.2f} of {result.case.baseline}; measured {ratio:.2f}")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     """Run from the command line."""
-    return run(__name__, __doc__, cases, arguments)
+    results = run(__name__, __doc__, cases, arguments, by_threads=True)
+    print("\nThe least a step could take: its products alone, then one pass over its moments")
+    known = layouts(quick=True) | layouts(quick=False)
+    for result in results:
+        print("\n".join(floor_lines(result, known[result.case.title][0])))
+    return results
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: ``orthokit report | run | study | dash | runs | ledger | doctor``.
+"""The command line: ``orthokit report | run | study | dash | runs | ledger | audit | doctor``.
 
 Every command imports what it needs when it runs, so that ``orthokit --help`` answers at once.
 """
@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     ledger = _described(commands, "ledger", "print the claims of a report with their verdicts")
     ledger.add_argument("folder", nargs="?", type=Path, metavar="REPORT", help="a report folder (default: the newest)")
     ledger.set_defaults(command=_ledger)
+    audit = _described(commands, "audit", "measure a saved adapter, of orthokit or PEFT, and name its known defects")
+    audit.add_argument("folder", type=Path, metavar="DIR", help="with adapter.json, or PEFT's adapter_config.json")
+    audit.add_argument("--json", action="store_true", help="print the report as JSON")
+    audit.set_defaults(command=_audit)
     _described(commands, "doctor", "what is here, what is missing, and how to mend it")
     return parser
 
@@ -214,6 +218,15 @@ def _ledger(options: argparse.Namespace) -> int:
     print(f"{folder}\n")
     print(ledger.as_text(found))
     return OK
+
+
+def _audit(options: argparse.Namespace) -> int:
+    """Prints what is in a folder with an adapter; 1 when something in it is broken."""
+    from orthokit.adapters.audit import audit
+
+    found = audit(options.folder)
+    print(found.to_json() if options.json else found)
+    return OK if found.ok else FAILED
 
 
 def _parameters(pairs: Sequence[str]) -> dict[str, str]:

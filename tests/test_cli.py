@@ -64,6 +64,7 @@ def test_run_prints_the_page_of_one_notebook(sources, tmp_path, capsys):
         (["report", "--resume"], "there is no report"),
         (["ledger", "nowhere"], "nowhere is not a report"),
         (["ledger"], "there is no report"),
+        (["audit", "nowhere"], "nowhere has no adapter.json; there is no such folder"),
     ],
 )
 def test_a_bad_request_is_one_sentence_and_exit_code_2(sources, capsys, arguments, words):
@@ -78,12 +79,12 @@ def test_a_bad_request_is_one_sentence_and_exit_code_2(sources, capsys, argument
 
 
 def test_help_and_version(capsys):
-    for arguments in (["--help"], ["report", "--help"], ["run", "--help"], ["study", "--help"], ["ledger", "--help"]):
+    for command in ("report", "run", "study", "ledger", "audit", ""):
         with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
+            cli.main([command, "--help"] if command else ["--help"])
         assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("report", "run", "study", "dash", "runs", "ledger", "doctor"):
+    for command in ("report", "run", "study", "dash", "runs", "ledger", "audit", "doctor"):
         assert f"\n    {command} " in shown
     for later in ("sweep", "inspect", "merge"):
         assert f"\n    {later} " not in shown
@@ -132,6 +133,22 @@ def test_dash_hands_its_arguments_over_or_names_the_missing_extra(monkeypatch, c
     assert "pip install 'orthokit[widgets]'" in capsys.readouterr().err
     with pytest.raises(MissingExtraError):
         cli._dash([])
+
+
+@pytest.mark.parametrize(("map", "code"), [("cayley", 0), ("cayley_neumann", 1)])
+def test_audit_prints_the_report_and_tells_by_its_exit_code_whether_something_is_broken(tmp_path, capsys, map, code):
+    import torch
+
+    from orthokit.adapters.attach import attach
+    from orthokit.adapters.files import save
+    from orthokit.adapters.oft import OFT
+
+    config = OFT(4, map=map, terms=1, tolerance=None, init_std=0.3)
+    folder = str(save(attach(torch.nn.Sequential(torch.nn.Linear(8, 4)), config), tmp_path))
+    assert cli.main(["audit", folder]) == code
+    assert ("not orthogonal" in capsys.readouterr().out) == bool(code)
+    assert cli.main(["audit", folder, "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["ok"] is not bool(code)
 
 
 def test_doctor_hands_its_arguments_over(monkeypatch):

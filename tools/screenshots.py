@@ -1,8 +1,10 @@
-"""Take the pictures of the README: the Momentum gap page, and the index of a report.
+"""Take the pictures of the README: pages of the server, and the index of a report.
 
     python tools/screenshots.py --report reports/2026-11-22
+    python tools/screenshots.py race
 
-Needs the ``dev`` extra and Chromium. Writes ``docs/momentum.png`` and, with ``--report``, ``docs/report.png``.
+Needs the ``dev`` extra and Chromium. Writes ``docs/PAGE.png`` for the pages named, all by default, and with
+``--report`` also ``docs/report.png``.
 """
 
 from __future__ import annotations
@@ -43,10 +45,26 @@ def momentum(page: Page) -> None:
     page.screenshot(path=DOCS / "momentum.png")
 
 
+def race(page: Page) -> None:
+    """A whole race at the rates tuned for one."""
+    page.goto(f"http://127.0.0.1:{PORT}/race?racers=adamw,muon_pre,pion,poet&track=cnn&steps=60")
+    page.get_by_text("Ready: press Start").wait_for(timeout=60_000)
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text("Finished").wait_for(timeout=600_000)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=DOCS / "race.png", full_page=True)
+
+
+PAGES = {"momentum": momentum, "race": race}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)}; default all")
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
+    if unknown := set(arguments.pages) - PAGES.keys():
+        parser.error(f"no page {', '.join(sorted(unknown))}; there are {', '.join(PAGES)}")
     DOCS.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "orthokit.cli", "dash", "--port", str(PORT), "--no-open"]
     server = subprocess.Popen(command)
@@ -55,7 +73,8 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1400, "height": 900})
-            momentum(page)
+            for name in arguments.pages or PAGES:
+                PAGES[name](page)
             if arguments.report:
                 page.goto((arguments.report.resolve() / "index.html").as_uri())
                 page.screenshot(path=DOCS / "report.png")

@@ -83,9 +83,7 @@ def input_centric(
     """
     # The products are in row form, so each block acts transposed.
     stacks = [R.mT for R in (*left, *right)]
-    return _InputCentric.apply(  # type: ignore[no-any-return]
-        low, frozen.group_size, len(left), x, bias, frozen.weight, frozen.scale, frozen.zero, *places, *stacks
-    )
+    return _InputCentric.apply(_Fixed(frozen, places, len(left), low), x, bias, *stacks)  # type: ignore[no-any-return]
 
 
 def weight_centric(
@@ -107,106 +105,102 @@ def weight_centric(
     Returns:
         Rows ``(..., out)``.
     """
-    return _WeightCentric.apply(  # type: ignore[no-any-return]
-        frozen.group_size, len(left), x, bias, frozen.weight, frozen.scale, frozen.zero, *places, *left, *right
-    )
+    return _WeightCentric.apply(_Fixed(frozen, places, len(left)), x, bias, *left, *right)  # type: ignore[no-any-return]
+
+
+class _Fixed(NamedTuple):
+    """What a pass takes besides rows, bias and blocks, and has no gradient."""
+
+    frozen: Frozen
+    places: Places
+    lefts: int
+    low: bool = False
+
+    def save(self, ctx: Any, x: Tensor, kept: Tensor | None, stacks: tuple[Tensor, ...]) -> None:
+        """Keep everything for the backward pass; tensors where autograd sees a change in place and can offload them."""
+        frozen = self.frozen
+        ctx.group_size, ctx.lefts = frozen.group_size, self.lefts
+        ctx.save_for_backward(x, kept, frozen.weight, frozen.scale, frozen.zero, *self.places, *stacks)
+
+
+class _Saved(NamedTuple):
+    """What :meth:`_Fixed.save` kept."""
+
+    x: Tensor
+    kept: Tensor | None
+    W: Tensor
+    places: Places
+    left: list[Tensor]
+    right: list[Tensor]
+
+    @classmethod
+    def of(cls, ctx: Any) -> _Saved:
+        """The frozen matrix comes in the dtype of the rows."""
+        x, kept, weight, scale, zero, *rest = ctx.saved_tensors
+        W = Frozen(weight, scale, zero, ctx.group_size).dense(x.dtype)
+        stacks = rest[4:]
+        return cls(x, kept, W, Places(*rest[:4]), stacks[: ctx.lefts], stacks[ctx.lefts :])
 
 
 class _InputCentric(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        low: bool,
-        group_size: int,
-        lefts: int,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        scale: Tensor | None,
-        zero: Tensor | None,
-        p_in: Tensor,
-        inverse_in: Tensor,
-        p_out: Tensor,
-        inverse_out: Tensor,
-        *stacks: Tensor,
-    ) -> Tensor:
-        ctx.low, ctx.group_size, ctx.lefts = low, group_size, lefts
-        left, right = list(stacks[:lefts]), list(stacks[lefts:])
+    def forward(ctx: Any, fixed: _Fixed, x: Tensor, bias: Tensor | None, *stacks: Tensor) -> Tensor:
+        frozen, places, lefts, low = fixed
         rows = x.reshape(-1, x.shape[-1])
-        b = turn(right, rows.index_select(1, p_in)) @ Frozen(weight, scale, zero, group_size).dense(x.dtype).mT
-        y = turn(left, b).index_select(1, inverse_out)
+        b = turn(list(stacks[lefts:]), rows.index_select(1, places.p_in)) @ frozen.dense(x.dtype).mT
+        y = turn(list(stacks[:lefts]), b).index_select(1, places.inverse_out)
         if bias is not None:
             y += bias
-        kept = None if low else b
-        ctx.save_for_backward(x, kept, weight, scale, zero, p_in, inverse_in, p_out, *stacks)
+        fixed.save(ctx, x, None if low else b, stacks)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, b, weight, scale, zero, p_in, inverse_in, p_out, *stacks = ctx.saved_tensors
-        left, right = stacks[: ctx.lefts], stacks[ctx.lefts :]
-        wanted = ctx.needs_input_grad
-        rows = x.reshape(-1, x.shape[-1])
-        frozen = Frozen(weight, scale, zero, ctx.group_size).dense(x.dtype)
-        placed = rows.index_select(1, p_in)
+        x, b, W, places, left, right = _Saved.of(ctx)
+        _, x_wanted, bias_wanted, *_ = ctx.needs_input_grad
+        placed = x.reshape(-1, x.shape[-1]).index_select(1, places.p_in)
         if b is None:
-            b = turn(right, placed) @ frozen.mT
+            b = turn(right, placed) @ W.mT
         dy = gradient.reshape(-1, gradient.shape[-1])
-        d_bias = dy.sum(0) if wanted[4] else None
-        dy = dy.index_select(1, p_out)
+        d_bias = dy.sum(0) if bias_wanted else None
+        dy = dy.index_select(1, places.p_out)
         d_left = _block_gradients(left, b, dy)
-        da = turn([S.mT for S in left], dy) @ frozen
+        da = turn([S.mT for S in left], dy) @ W
         d_right = _block_gradients(right, placed, da)
         dx = None
-        if wanted[3]:
-            dx = turn([S.mT for S in right], da).index_select(1, inverse_in).view(x.shape)
-        return (None, None, None, dx, d_bias, *[None] * 7, *d_left, *d_right)
+        if x_wanted:
+            dx = turn([S.mT for S in right], da).index_select(1, places.inverse_in).view(x.shape)
+        return (None, dx, d_bias, *d_left, *d_right)
 
 
 class _WeightCentric(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        group_size: int,
-        lefts: int,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        scale: Tensor | None,
-        zero: Tensor | None,
-        p_in: Tensor,
-        inverse_in: Tensor,
-        p_out: Tensor,
-        inverse_out: Tensor,
-        *stacks: Tensor,
-    ) -> Tensor:
-        ctx.group_size, ctx.lefts = group_size, lefts
-        W = Frozen(weight, scale, zero, group_size).dense(x.dtype)
-        W = rotate_sides(W, list(stacks[:lefts]), list(stacks[lefts:]))
-        W = W.index_select(0, inverse_out).index_select(1, inverse_in)
-        ctx.save_for_backward(x, weight, scale, zero, p_in, inverse_in, p_out, inverse_out, *stacks)
+    def forward(ctx: Any, fixed: _Fixed, x: Tensor, bias: Tensor | None, *stacks: Tensor) -> Tensor:
+        frozen, places, lefts, _ = fixed
+        W = rotate_sides(frozen.dense(x.dtype), list(stacks[:lefts]), list(stacks[lefts:]))
+        W = W.index_select(0, places.inverse_out).index_select(1, places.inverse_in)
+        fixed.save(ctx, x, None, stacks)
         return torch.nn.functional.linear(x, W, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, scale, zero, p_in, inverse_in, p_out, inverse_out, *stacks = ctx.saved_tensors
-        left, right = stacks[: ctx.lefts], stacks[ctx.lefts :]
-        wanted = ctx.needs_input_grad
+        x, _, W, places, left, right = _Saved.of(ctx)
+        _, x_wanted, bias_wanted, *_ = ctx.needs_input_grad
         rows, dy = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        d_bias = dy.sum(0) if wanted[3] else None
-        W = Frozen(weight, scale, zero, ctx.group_size).dense(x.dtype)
+        d_bias = dy.sum(0) if bias_wanted else None
         inner = turn(right, W)  # W D_in
         dx = None
-        if wanted[2]:
-            whole = rotate_sides(inner, left, []).index_select(0, inverse_out).index_select(1, inverse_in)
+        if x_wanted:
+            whole = rotate_sides(inner, left, [])
+            whole = whole.index_select(0, places.inverse_out).index_select(1, places.inverse_in)
             dx = (dy @ whole).view(x.shape)
-        dW = (dy.mT @ rows).index_select(0, p_out).index_select(1, p_in)
+        dW = (dy.mT @ rows).index_select(0, places.p_out).index_select(1, places.p_in)
         # V_i = R_i A_i on rows: dR_i = dV_i A_i^T, which is the gradient in row form of the transposed matrices.
         d_left = _block_gradients(left, dW.mT, inner.mT)
         d_right = _block_gradients(right, W, rotate_sides(dW, [R.mT for R in left], []))
-        return (None, None, dx, d_bias, *[None] * 7, *d_left, *d_right)
+        return (None, dx, d_bias, *d_left, *d_right)
 
 
 def _block_gradients(stacks: list[Tensor], inputs: Tensor, outputs: Tensor) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orthokit.errors import OptionError, unknown_name
+from orthokit.linalg._skew_places import pack, unpack
 from orthokit.linalg.maps import MAPS, _neumann_coefficients, _taylor_coefficients, exp
 from orthokit.linalg.skew import unpack_skew
 
@@ -79,7 +79,7 @@ class _PackedRotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, b: int, spec: SkewMap, recompute: bool) -> Tensor:
         ctx.spec, ctx.b, ctx.recompute = spec, b, recompute
-        Q = _unpack(v, b)
+        Q = unpack(v, b)
         coefficients = spec.coefficients
         if coefficients is None:
             # inv_ex: no device synchronisation, and NaN goes on to the loss, where a training loop looks for it.
@@ -101,13 +101,13 @@ class _PackedRotation(torch.autograd.Function):
             wanted = 2 * (inverse @ gradient @ inverse)
         else:
             if ctx.recompute:
-                Q = _unpack(ctx.saved_tensors[0], ctx.b)
+                Q = unpack(ctx.saved_tensors[0], ctx.b)
                 squared = Q @ Q
             else:
                 Q, squared = ctx.saved_tensors
             # Q^T = -Q and (Q^T)^2 = Q^2
             wanted = _derivative(coefficients, -Q, squared, gradient)
-        return _pack(wanted - wanted.mT, ctx.b), None, None, None
+        return pack(wanted - wanted.mT), None, None, None
 
 
 def _polynomial(coefficients: list[float], A: Tensor, squared: Tensor) -> Tensor:
@@ -150,23 +150,3 @@ def _pairs(coefficients: list[float]) -> list[tuple[float, float]]:
 
 def _eye_like(Q: Tensor) -> Tensor:
     return torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-
-
-@lru_cache(maxsize=64)
-def _places(b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For every entry of a skew matrix its place in the packing and its sign; for every packed entry its place."""
-    rows, columns = torch.triu_indices(b, b, offset=1, device=device)
-    source = torch.zeros(b, b, dtype=torch.int64, device=device)
-    source[rows, columns] = source[columns, rows] = torch.arange(len(rows), device=device)
-    sign = torch.ones(b, b, device=device).triu(1)
-    return source.flatten(), sign - sign.mT, rows * b + columns
-
-
-def _unpack(v: Tensor, b: int) -> Tensor:
-    # A gather of every entry: on a CPU five times as fast as scattering the upper triangle.
-    source, sign, _ = _places(b, v.device)
-    return v.index_select(-1, source).unflatten(-1, (b, b)).mul_(sign.to(v.dtype))
-
-
-def _pack(Q: Tensor, b: int) -> Tensor:
-    return Q.flatten(-2).index_select(-1, _places(b, Q.device)[2])

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from orthokit.adapters.base import AdapterConfig, AdapterLayer
-from orthokit.errors import NothingMatchedWarning, OptionError, ParameterError
-from orthokit.matrices import LeftOut, matrices
+from orthokit.adapters.base import AdapterConfig, AdapterLayer, PartConfig
+from orthokit.adapters.layer import AdaptedLayer
+from orthokit.adapters.targets import (
+    Targets,
+    candidates,
+    check_layers,
+    chosen_layers,
+    shared_weights,
+    unfit,
+    why_not,
+)
+from orthokit.errors import OptionError, ParameterError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["adapted_layers", "attach", "detach", "merge", "table"]
+__all__ = ["adapted_layers", "attach", "detach", "merge", "table", "unmerge"]
 
-Targets = str | Callable[[str], bool] | Sequence[str]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# The names of the parameters that attach froze, kept on the model so that copies and pickles have them too.
+_FROZEN = "_frozen_for_adapters"
 
 
 def attach(
@@ -27,83 +34,194 @@ def attach(
     config: AdapterConfig,
     *,
     targets: Targets = "linear",
+    name: str = "default",
+    freeze: bool | None = None,
     keep_base: bool = True,
     track_spectrum: bool = True,
 ) -> nn.Module:
-    """Replace linear layers of ``model`` by adapted ones, in place.
+    """Put adapters on layers of ``model``, in place; the model computes what it did before.
 
     Args:
-        model: Any module. A bare ``nn.Linear`` is not changed; its adapted layer is returned.
-        config: The adapter and its options, such as ``POET(block_size=32)``.
-        targets: ``"linear"`` (default): every ``nn.Linear`` that ``orthokit.matrices`` counts among the matrices, so
-            not the output head. Or shell patterns of module names, such as ``"blocks.*.attn.?"``, or a function of the
-            name: every ``nn.Linear`` they match, the head included.
-        keep_base: Keep a copy of each weight, so that :func:`detach` can restore it; default ``True``. It costs as much
-            memory as the weights.
-        track_spectrum: Keep the initial singular values for ``spectrum_report``; default ``True``. One decomposition a
-            layer.
+        model: Any module. A bare layer is not changed; its adapted layer is returned.
+        config: The adapter and its options, such as ``OFT(block_size=32)``.
+        targets: ``"linear"`` (default): every linear layer, GPT-2's transposed ones included, that
+            ``orthokit.matrices`` counts among the matrices, so not the output head. ``"conv"``, ``"embedding"`` or
+            ``"all"``: layers of these kinds. Or shell patterns of module names, such as ``"blocks.*.attn.?"``, or a
+            function of the name: every layer they match, the head included.
+        name: Of the adapter; default ``"default"``. A layer that has adapters already gets another one, which acts
+            after them, closest to the weight. POET stands alone.
+        freeze: Freeze every parameter of the model that is not an adapter's, until the adapters are merged or taken
+            off. Default ``None``: yes, but for POET, with which the rest of the model trains.
+        keep_base: POET: keep a copy of each weight, so that :func:`detach` can restore it; default ``True``. Other
+            adapters never change the weight.
+        track_spectrum: POET: keep the initial singular values for ``spectrum_report``; default ``True``.
 
     Returns:
         ``model``; :func:`table` says what was adapted, and why the rest was not.
 
     Raises:
-        ParameterError: Nothing matched; a layer shares its weight with another, carries hooks, or is no plain
-            ``nn.Linear``. Nothing was changed.
-        OptionError: ``config`` is no adapter, or ``targets`` has the wrong form.
+        ParameterError: Nothing matched, or a layer cannot be adapted, carries hooks, or (for POET) shares its weight
+            with another. Nothing was changed.
+        OptionError: ``config`` is no adapter or does not suit a layer, the name is taken, or ``targets`` has the wrong
+            form. Nothing was changed.
         DtypeError: A weight is not a real floating tensor.
 
     Example:
-        >>> from orthokit.adapters import POET
+        >>> from orthokit.adapters import OFT
         >>> model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 16))
-        >>> _ = attach(model, POET(block_size=4), targets="1")
+        >>> _ = attach(model, OFT(block_size=4), targets="1")
         >>> [type(layer).__name__ for layer in model]
-        ['Embedding', 'POETLinear', 'LayerNorm', 'Linear']
+        ['Embedding', 'AdaptedLayer', 'LayerNorm', 'Linear']
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['1.adapters.default.generator']
     """
     if not isinstance(config, AdapterConfig):
-        raise OptionError(f"config must be an adapter such as POET(block_size=32); got {type(config).__name__}.")
-    chosen = _chosen(model, targets)
-    _check(model, chosen)
+        raise OptionError(f"config must be an adapter such as OFT(block_size=32); got {type(config).__name__}.")
+    chosen = chosen_layers(model, targets, config)
+    check_layers(model, chosen, config)
+    if isinstance(config, PartConfig):
+        return _attach_parts(model, chosen, config, name=name, freeze=freeze is None or freeze)
     options = {"keep_base": keep_base, "track_spectrum": track_spectrum}
     # All are made before the first is put in: an error leaves the model as it was.
     adapted = {
-        linear: config.wrap(linear, name=name, stream=stream, **options).train(linear.training)
-        for stream, (name, linear) in enumerate(chosen.items())
+        layer: config.wrap(layer, name=path, stream=stream, **options).train(layer.training)
+        for stream, (path, layer) in enumerate(chosen.items())
     }
+    if freeze:
+        _freeze(model, {id(p) for new in adapted.values() for p in new.parameters()})
     return _replace(model, adapted)
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Turn every adapted layer of ``model`` into the plain ``nn.Linear`` that computes the same, in place.
+def _attach_parts(
+    model: nn.Module, chosen: dict[str, nn.Module], config: PartConfig, *, name: str, freeze: bool
+) -> nn.Module:
+    flags = {id(p): p.requires_grad for p in model.parameters()}
+    new: dict[nn.Module, nn.Module] = {}
+    extended: list[AdaptedLayer] = []
+    try:
+        for stream, (path, layer) in enumerate(chosen.items()):
+            if isinstance(layer, AdaptedLayer):
+                layer.add(name, config, stream=stream)
+                extended.append(layer)
+            else:
+                adapted = AdaptedLayer(layer, name=path)
+                # Of before the first layer was frozen: two of them may share a weight.
+                adapted.trained_before = [flags[id(p)] for p in layer.parameters()]
+                adapted.add(name, config, stream=stream)
+                new[layer] = adapted
+    except Exception:
+        for layer in extended:
+            layer.remove(name)
+        for p in model.parameters():
+            p.requires_grad_(flags.get(id(p), p.requires_grad))
+        raise
+    if freeze:
+        every = [*new.values(), *adapted_layers(model, missing_ok=True).values()]
+        _freeze(
+            model, {id(p) for layer in every if isinstance(layer, AdaptedLayer) for p in layer.adapters.parameters()}
+        )
+    return _replace(model, new)
+
+
+def merge(model: nn.Module, *, keep: bool = False, untie: bool = False) -> nn.Module:
+    """Put the adapters into the weights, in place: the model computes the same, without them.
 
     Args:
         model: A model with adapters. A bare adapted layer is not changed; its plain layer is returned.
+        keep: ``False`` (default): every adapted layer becomes the plain one that computes the same, a quantised one a
+            layer of full precision. ``True``: the layers stay, with the adapters in their weights, until
+            :func:`unmerge`; costs a copy of the weights.
+        untie: Where a weight is shared, give the adapted layer one of its own; default ``False``: an error.
 
     Returns:
         ``model``. An optimizer made before still holds the adapters' parameters: make a new one.
 
     Raises:
-        ParameterError: The model has no adapter.
+        ParameterError: The model has no adapter, some are not active (they would be lost), a weight is shared, or
+            ``keep`` is asked for with POET or a quantised layer. Nothing was changed.
+        NonFiniteError: An adapter holds NaN or infinity.
 
     Example:
-        >>> from orthokit.adapters import POET
-        >>> model = attach(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), POET(block_size=4))
-        >>> [type(layer).__name__ for layer in merge(model)]
-        ['Linear', 'ReLU', 'Linear']
+        >>> import torch
+        >>> from orthokit.adapters import OFT
+        >>> model = attach(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), OFT(block_size=4))
+        >>> _ = nn.init.constant_(model[0].adapters["default"].generator, 0.5)
+        >>> x = torch.ones(1, 8)
+        >>> before = model(x)
+        >>> torch.allclose(merge(model)(x), before, atol=1e-6), [type(layer).__name__ for layer in model]
+        (True, ['Linear', 'ReLU', 'Linear'])
+
+    Numerics:
+        Rotations and products in float64, rounded once to the type of the weight.
     """
-    return _replace(model, {layer: layer.merged() for layer in adapted_layers(model).values()})
+    layers = adapted_layers(model)
+    shared = {} if untie else shared_weights(model)
+    for name, layer in layers.items():
+        if not isinstance(layer, AdaptedLayer):
+            if keep:
+                raise ParameterError(
+                    f"{name!r} is adapted by POET, which merges by itself; call merge with keep=False."
+                )
+            continue
+        lost = [one for one in layer.adapters if one not in layer.active]
+        if (lost and not keep) or layer.disabled:
+            found = "is disabled" if layer.disabled else f"has adapters that are not active: {lost}"
+            raise ParameterError(f"{name!r} {found}; activate them with set_adapters, or take them off with detach.")
+        if name in shared:
+            leaf, places = shared[name]
+            raise ParameterError(
+                f"{name!r} shares its {leaf} ({places}); merge with untie=True gives it one of its own."
+            )
+    if keep:
+        return _fold(layers, model)
+    done = {layer: layer.merged() for layer in layers.values()}
+    return _thaw(_replace(model, done))
 
 
-def detach(model: nn.Module) -> nn.Module:
-    """Take every adapter off: the layers are again what they were before :func:`attach`, weights and biases alike.
+def _fold(layers: dict[str, AdapterLayer], model: nn.Module) -> nn.Module:
+    done: list[AdaptedLayer] = []
+    try:
+        for layer in layers.values():
+            layer.fold()  # type: ignore[attr-defined]
+            done.append(layer)  # type: ignore[arg-type]
+    except Exception:
+        for layer in done:
+            layer.unfold()
+        raise
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo :func:`merge` with ``keep=True``: weights have the bits they had before, adapters act beside them.
 
     Args:
-        model: A model with adapters, attached with ``keep_base=True``.
+        model: A model with adapters.
 
     Returns:
         ``model``.
 
     Raises:
-        ParameterError: The model has no adapter, or a weight was not kept. Nothing was changed.
+        ParameterError: The model has no adapter.
+    """
+    for layer in adapted_layers(model).values():
+        if isinstance(layer, AdaptedLayer):
+            layer.unfold()
+    return model
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take adapters off: the layers are again what they were before :func:`attach`, weights and biases alike.
+
+    Args:
+        model: A model with adapters (POET's attached with ``keep_base=True``).
+        name: One adapter of several; default ``None``: all. A layer without any is plain again.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ParameterError: The model has no such adapter, it is merged with ``keep=True``, or a weight was not kept.
+            Nothing was changed.
 
     Example:
         >>> import torch
@@ -113,14 +231,31 @@ def detach(model: nn.Module) -> nn.Module:
         >>> torch.equal(detach(attach(model, POET(block_size=4, init="normalised")))[0].weight, before)
         True
     """
-    return _replace(model, {layer: layer.original() for layer in adapted_layers(model).values()})
+    layers = adapted_layers(model)
+    if name is None:
+        bare = {layer: layer.original() for layer in layers.values()}
+        for layer in bare:
+            layer.release()
+        return _thaw(_replace(model, bare))
+    having = [layer for layer in layers.values() if isinstance(layer, AdaptedLayer) and name in layer.adapters]
+    if not having:
+        there = sorted({one for layer in layers.values() for one in getattr(layer, "adapters", ())})
+        raise ParameterError(f"no layer of {type(model).__name__} has an adapter {name!r}; there are {there}.")
+    bare = {layer: layer.original() for layer in having if len(layer.adapters) == 1}
+    for layer in having:
+        layer.remove(name)
+        if layer in bare:
+            layer.release()
+    model = _replace(model, bare)
+    return model if adapted_layers(model, missing_ok=True) else _thaw(model)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+def adapted_layers(model: nn.Module, *, missing_ok: bool = False) -> dict[str, AdapterLayer]:
     """The adapted layers of ``model`` by name.
 
     Args:
         model: Any module.
+        missing_ok: Return an empty dict where there is none, instead of raising; default ``False``.
 
     Returns:
         Name to layer, in the order of the model.
@@ -129,20 +264,20 @@ def adapted_layers(model: nn.Module) -> dict[str, AdapterLayer]:
         ParameterError: There is none.
     """
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
-    if not found:
+    if not found and not missing_ok:
         raise ParameterError(f"{type(model).__name__} has no adapter; call adapters.attach(model, ...) first.")
     return found
 
 
 def table(model: nn.Module) -> pd.DataFrame:
-    """One row per linear layer: adapted or not, how, and why not.
+    """One row per layer that an adapter could sit on: adapted or not, how, and why not.
 
     Args:
         model: Any module.
 
     Returns:
-        Columns ``layer``, ``shape``, ``adapter`` (``"none"`` where there is none), ``trainable`` (numbers the adapter
-        trains), ``weights`` (entries of the weight) and ``detail``.
+        Columns ``layer``, ``shape`` ``(out, in)`` (words and width of an embedding), ``adapter`` (``"none"`` where
+        there is none), ``trainable`` (numbers the adapters train), ``weights`` (entries of the weight) and ``detail``.
 
     Example:
         >>> from orthokit.adapters import POET
@@ -152,80 +287,54 @@ def table(model: nn.Module) -> pd.DataFrame:
     """
     import pandas as pd
 
-    reasons = _reasons(model)
-    rows = []
-    for name, layer in model.named_modules():
+    from orthokit.adapters.sites import kind_of
+
+    reasons, shared = why_not(model), shared_weights(model)
+    rows: list[dict[str, Any]] = []
+    for name, layer in candidates(model):
+        tied = f"shares its weight: {shared[name][1]}" if name in shared else ""
         if isinstance(layer, AdapterLayer):
-            rows.append({"layer": name, "shape": (layer.out_features, layer.in_features), **layer.describe()})
-        elif isinstance(layer, nn.Linear):
-            why = reasons.get(layer) or _unfit(layer) or "not among the targets"
+            found = layer.describe()
             shape = (layer.out_features, layer.in_features)
-            rows.append({"layer": name, "shape": shape, "adapter": "none", "trainable": 0, "detail": why})
-    frame = pd.DataFrame(rows, columns=["layer", "shape", "adapter", "trainable", "detail"])
-    frame.insert(4, "weights", [rows * columns for rows, columns in frame["shape"]])
-    return frame
+            patch = layer.site.patch / layer.site.groups if isinstance(layer, AdaptedLayer) else 1
+            found["detail"] = "; ".join(text for text in (found["detail"], tied) if text)
+        else:
+            kind = kind_of(layer)
+            shape: Any = kind.shape(layer) if kind else (layer.out_features, layer.in_features)
+            patch = kind.patch(layer) / getattr(layer, "groups", 1) if kind else 1
+            why = reasons.get(name) or (unfit(layer, _ANY) if kind is None else None) or tied or "not among the targets"
+            found = {"adapter": "none", "trainable": 0, "detail": why}
+        rows.append({"layer": name, "shape": shape, "weights": round(shape[0] * shape[1] * patch), **found})
+    return pd.DataFrame(rows, columns=["layer", "shape", "adapter", "trainable", "weights", "detail"])
 
 
-def _chosen(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
-    """The layers to adapt by name, each once."""
-    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    if isinstance(targets, str) and targets == "linear":
-        reasons = _reasons(model)
-        found = {n: layer for n, layer in linears.items() if not reasons.get(layer) and not _unfit(layer)}
-        if not found:
-            listed = "; ".join(f"{n!r}: {reasons.get(layer) or _unfit(layer)}" for n, layer in linears.items())
-            raise ParameterError(f"{type(model).__name__} has no linear layer to adapt; {listed or 'it has none'}.")
-        return found
-    if callable(targets):
-        found = {n: layer for n, layer in linears.items() if targets(n)}
-    else:
-        patterns = [targets] if isinstance(targets, str) else list(targets)
-        if not patterns or not all(isinstance(one, str) for one in patterns):
-            raise OptionError(f"targets is 'linear', patterns of module names or a function; got {targets!r}.")
-        for one in patterns:
-            if not any(fnmatchcase(n, one) for n in linears):
-                raise ParameterError(f"targets: {one!r} matches no nn.Linear; there are {_some(list(linears))}.")
-        found = {n: layer for n, layer in linears.items() if any(fnmatchcase(n, one) for one in patterns)}
-    if not found:
-        raise ParameterError(f"targets match no nn.Linear of {type(model).__name__}; there are {_some(list(linears))}.")
-    return found
+class _Any(AdapterConfig):
+    """Stands for whatever adapter in the reasons of the table."""
+
+    def wrap(self, layer: Any, **options: Any) -> AdapterLayer:
+        raise NotImplementedError
 
 
-def _check(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
-    """Raise for layers that cannot be replaced without a change that nobody asked for."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
-    for name, linear in chosen.items():
-        if why := _unfit(linear):
-            raise ParameterError(f"{name!r} cannot be adapted: {why}. Leave it out of targets.")
-        for leaf, parameter in linear._parameters.items():
-            shared = owners.get(id(parameter), []) if parameter is not None else []
-            if len(shared) > 1:
-                raise ParameterError(
-                    f"{name!r} shares its {leaf} ({' = '.join(shared)}); adapting it would untie them. Untie them "
-                    "first, or leave it out of targets."
-                )
-        if any(getattr(linear, hooks, None) for hooks in _HOOKS):
-            raise ParameterError(f"{name!r} carries hooks, which would be lost; remove them and add them afterwards.")
+_ANY = _Any()
 
 
-def _unfit(layer: nn.Linear) -> str | None:
-    """Why a linear layer of another class is left alone: its owner may read its weight instead of calling it."""
-    if type(layer) is nn.Linear:
-        return None
-    return f"it is a {type(layer).__name__}, not a plain nn.Linear"
+def _freeze(model: nn.Module, kept: set[int]) -> None:
+    """Freeze what is not among ``kept``, and remember which parameters that were."""
+    names = set(model.__dict__.get(_FROZEN, ()))
+    for name, p in model.named_parameters():
+        if id(p) not in kept and p.requires_grad:
+            p.requires_grad_(False)
+            names.add(name)
+    model.__dict__[_FROZEN] = sorted(names)
 
 
-def _reasons(model: nn.Module) -> dict[nn.Module, str]:
-    """Why linear layers are no matrices, for those that are none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingMatchedWarning)
-        rows = {row.name: row.reason for row in matrices(model).rows if isinstance(row, LeftOut)}
-    prefixed = ((layer, f"{name}.weight".lstrip(".")) for name, layer in model.named_modules())
-    return {layer: rows[name] for layer, name in prefixed if isinstance(layer, nn.Linear) and name in rows}
+def _thaw(model: nn.Module) -> nn.Module:
+    """Give back their gradients to the parameters that :func:`_freeze` froze."""
+    names = set(model.__dict__.pop(_FROZEN, ()))
+    for name, p in model.named_parameters():
+        if name in names:
+            p.requires_grad_(True)
+    return model
 
 
 def _replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
@@ -238,8 +347,3 @@ def _replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
             if child in new:
                 setattr(parent, key, new[child])
     return model
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:4]))
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"

@@ -1,5 +1,7 @@
 """Charts as pure functions: arrays in, a Plotly figure dictionary out; the same in a notebook, a page and a report."""
 
+from orthokit.figures.adapter_rates import loss_by_budget, rates_by_block, tuned_rates
+from orthokit.figures.adapters import gain_and_loss, kept_and_broken, requantised, step_costs
 from orthokit.figures.coefficients import accuracy_cost, before_after, scaling_ranges, table_maps
 from orthokit.figures.curves import loss_curves, scalar_history
 from orthokit.figures.display import (
@@ -33,6 +35,7 @@ from orthokit.figures.poet import drift_causes, memory_modes, spectrum_drift
 from orthokit.figures.race import race_curves, race_ranking, rate_sensitivity
 from orthokit.figures.spectra import coefficient_map, spectra, spectrum_bars, spectrum_heatmap, spectrum_ratio
 from orthokit.figures.template import COLOURS, DASHES, DIVERGING, FONT, SEQUENTIAL, SYMBOLS, TEMPLATE
+from orthokit.figures.turns import error_at_angle, matrix_picture, pair_angles, spectrum_before_after
 
 __all__ = [
     "COLOURS",
@@ -56,23 +59,31 @@ __all__ = [
     "energy_by_matrix",
     "energy_change",
     "energy_pairs",
+    "error_at_angle",
     "error_laws",
     "error_parity",
     "figure_json",
+    "gain_and_loss",
     "gap_by_beta",
     "gap_heatmap",
+    "kept_and_broken",
+    "loss_by_budget",
     "loss_curves",
     "map_adviser",
+    "matrix_picture",
     "mean_interval",
     "memory_modes",
     "merge_drift",
     "noise_suppression",
+    "pair_angles",
     "png",
     "projection_arrows",
     "race_curves",
     "race_ranking",
     "rate_range",
     "rate_sensitivity",
+    "rates_by_block",
+    "requantised",
     "scalar_history",
     "scaling_ranges",
     "set_renderer",
@@ -80,14 +91,17 @@ __all__ = [
     "singular_values_by_angle",
     "spectra",
     "spectrum_bars",
+    "spectrum_before_after",
     "spectrum_drift",
     "spectrum_heatmap",
     "spectrum_kept",
     "spectrum_ratio",
     "sphere",
     "stationarity_split",
+    "step_costs",
     "subspace_error",
     "t_quantile",
     "table_maps",
+    "tuned_rates",
     "without_caption",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from orthokit.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 
-__all__ = ["array", "betas_vector", "matrix", "named", "vector"]
+__all__ = ["array", "betas_vector", "matrix", "named", "nested", "seeded", "vector"]
 
 
 def array(name: str, values: Any, *, dims: tuple[int, ...], finite: bool = True) -> np.ndarray:
@@ -77,3 +77,39 @@ def named(name: str, series: Any) -> dict[str, Any]:
     if not series:
         raise ShapeError(f"{name} must hold at least one labelled series; got an empty mapping.")
     return {str(label): values for label, values in series.items()}
+
+
+def nested(name: str, series: Any, *, row: str, column: str) -> dict[str, dict[str, Any]]:
+    """A mapping from label to a mapping whose own labels are the same in each, such as way to cause to size.
+
+    Args:
+        name: Of the argument.
+        series: The mapping.
+        row: What an outer label is, for messages.
+        column: What an inner label is.
+    """
+    rows = {label: named(f"{column}s of {label!r}", of) for label, of in named(name, series).items()}
+    columns = list(next(iter(rows.values())))
+    for label, of in rows.items():
+        if list(of) != columns:
+            raise ShapeError(f"every {row} must have the {column}s {columns}; {label!r} has {list(of)}.")
+    return rows
+
+
+def seeded(name: str, values: Any, count: int, *, per: str, finite: bool = True, signed: bool = True) -> np.ndarray:
+    """Values of one seed ``(n,)`` or of several ``(seeds, n)``, always as ``(seeds, n)``.
+
+    Args:
+        name: Of the values.
+        values: The values.
+        count: ``n``.
+        per: What there is a value for, for messages.
+        finite: Refuse NaN and infinities.
+        signed: Let negative values pass.
+    """
+    result = np.atleast_2d(array(name, values, dims=(1, 2), finite=finite))
+    if result.shape[-1] != count:
+        raise ShapeError(f"{name} must have {count} values, one per {per}; got {result.shape[-1]}.")
+    if not signed and (result < 0).any():
+        raise OptionError(f"{name} must be at least 0; the smallest is {np.nanmin(result):g}.")
+    return result

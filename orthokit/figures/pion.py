@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from orthokit.errors import OptionError, ShapeError
-from orthokit.figures._check import array, named, vector
+from orthokit.figures._check import named, nested, seeded, vector
 from orthokit.figures.intervals import t_quantile
 from orthokit.figures.template import axis, band, build, guide, line, listing, log_axis, number, style
 
@@ -85,18 +85,13 @@ def drift_budget(
         'At the end: order 2: truncation 2e−06, rounding −1e−08.'
     """
     steps = vector("steps", steps, low=1.0, increasing=True)
-    ways = {label: named(f"causes of {label!r}", of) for label, of in named("drifts", drifts).items()}
-    causes = list(next(iter(ways.values())))
+    ways = nested("drifts", drifts, row="way", column="cause")
     width = 1 / len(ways)
     data, said, every, layout = [], [], [], {}
     for panel, (label, of) in enumerate(ways.items(), start=1):
-        if list(of) != causes:
-            raise ShapeError(f"every way must have the causes {causes}; {label!r} has {list(of)}.")
         suffix, ends = "" if panel == 1 else str(panel), []
         for index, (cause, values) in enumerate(of.items()):
-            values = array(f"{cause} of {label!r}", values, dims=(1,))
-            if len(values) != len(steps):
-                raise ShapeError(f"{cause} of {label!r} must have {len(steps)} values; got {len(values)}.")
+            values = vector(f"{cause} of {label!r}", values, length=len(steps))
             sizes = np.where(values == 0, np.nan, np.abs(values))
             data.append(line(cause, steps, sizes, index, xaxis=f"x{suffix}", yaxis="y", showlegend=panel == 1))
             every.append(sizes)
@@ -145,14 +140,10 @@ def stationarity_split(
     steps = vector("steps", steps, increasing=True)
     data, said = [], []
     for index, (label, values) in enumerate(named("parts", parts).items()):
-        runs = np.atleast_2d(array(f"sizes of {label!r}", values, dims=(1, 2)))
-        if runs.shape[-1] != len(steps):
-            raise ShapeError(f"sizes of {label!r} must have {len(steps)} values, one per step; got {runs.shape[-1]}.")
-        if (runs < 0).any():
-            raise OptionError(f"sizes of {label!r} must be at least 0; the smallest is {runs.min():g}.")
-        mean = runs.mean(axis=0)
-        if len(runs) > 1:
-            half = t_quantile(len(runs) - 1) * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+        sizes = seeded(f"sizes of {label!r}", values, len(steps), per="step", signed=False)
+        mean = sizes.mean(axis=0)
+        if len(sizes) > 1:
+            half = t_quantile(len(sizes) - 1) * sizes.std(axis=0, ddof=1) / np.sqrt(len(sizes))
             data.append(band(label, steps, mean - half, mean + half, index))
         data.append(line(label, steps, mean, index))
         said.append(f"{label} from {number(mean[0])} to {number(mean[-1])}")
@@ -196,19 +187,16 @@ def rate_range(
     """
     rates = vector("rates", rates, low=0.0, increasing=True)
     found = {
-        label: np.atleast_2d(array(label, of, dims=(1, 2), finite=False))
+        label: seeded(f"losses of {label!r}", of, len(rates), per="rate", finite=False)
         for label, of in named("losses", losses).items()
     }
-    for label, runs in found.items():
-        if runs.shape[-1] != len(rates):
-            raise ShapeError(f"{label!r} must have {len(rates)} losses, one per rate; got {runs.shape[-1]}.")
-    lived = np.concatenate([runs[np.isfinite(runs)] for runs in found.values()])
+    lived = np.concatenate([ends[np.isfinite(ends)] for ends in found.values()])
     top = float(lived.max()) if lived.size else 1.0
     bottom = float(lived.min()) if lived.size else 0.0
     data, said = [], []
-    for index, (label, runs) in enumerate(found.items()):
-        fine = np.isfinite(runs)
-        sums, counts = np.where(fine, runs, 0).sum(axis=0), fine.sum(axis=0)
+    for index, (label, ends) in enumerate(found.items()):
+        fine = np.isfinite(ends)
+        sums, counts = np.where(fine, ends, 0).sum(axis=0), fine.sum(axis=0)
         mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
         data.append(line(label, rates, mean, index))
         lost = int((~fine).sum())
@@ -223,7 +211,7 @@ def rate_range(
                 more | {"name": f"{label}, diverged", "x": at, "y": np.full(len(at), height), "showlegend": False}
             )
         best = f"{number(np.nanmin(mean))} at {number(rates[np.nanargmin(mean)])}" if fine.any() else "none lived"
-        said.append(f"{label} {best}, {f'{lost} of {runs.size} runs' if lost else 'none'} diverged")
+        said.append(f"{label} {best}, {f'{lost} of {ends.size} runs' if lost else 'none'} diverged")
     return build(
         "rate_range",
         data,

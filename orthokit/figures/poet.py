@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from orthokit.errors import OptionError, ShapeError
-from orthokit.figures._check import named, vector
+from orthokit.errors import OptionError
+from orthokit.figures._check import named, nested, seeded, vector
 from orthokit.figures.template import (
     COLOURS,
     axis,
@@ -62,19 +62,15 @@ def spectrum_drift(
     for index, (label, pair) in enumerate(named("curves", curves).items()):
         steps, values = pair
         steps = vector(f"steps of {label!r}", steps, low=1.0, increasing=True)
-        runs = np.atleast_2d(np.asarray(values, dtype=float))
-        if runs.shape[-1] != len(steps):
-            raise ShapeError(f"drifts of {label!r} must have {len(steps)} values, one per step; got {runs.shape[-1]}.")
-        if (runs < 0).any():
-            raise OptionError(f"drifts of {label!r} must be at least 0; the smallest is {runs.min():g}.")
+        drifts = seeded(f"drifts of {label!r}", values, len(steps), per="step", finite=False, signed=False)
         with np.errstate(divide="ignore"):
-            mean = np.exp(np.log(runs).mean(axis=0))
+            mean = np.exp(np.log(drifts).mean(axis=0))
         drawn = np.where(mean > 0, mean, np.nan)
-        if len(runs) > 1:
-            data.append(band(label, steps, runs.min(axis=0), runs.max(axis=0), index))
+        if len(drifts) > 1:
+            data.append(band(label, steps, drifts.min(axis=0), drifts.max(axis=0), index))
         data.append(line(label, steps, drawn, index))
         said.append(f"{label}: {number(mean[-1])}")
-        every.append(runs)
+        every.append(drifts)
         reach.append(steps)
     x = np.concatenate(reach)
     if target is not None:
@@ -111,12 +107,10 @@ def drift_causes(
         >>> figure["layout"]["meta"]["caption"]
         'Largest cause: k = 3: truncation (0.01).'
     """
-    ways = {label: named(f"causes of {label!r}", of) for label, of in named("causes", causes).items()}
+    ways = nested("causes", causes, row="way", column="cause")
     kinds = list(next(iter(ways.values())))
     said, every = [], []
     for label, of in ways.items():
-        if list(of) != kinds:
-            raise ShapeError(f"every way must have the causes {kinds}; {label!r} has {list(of)}.")
         sizes = vector(f"causes of {label!r}", list(of.values()), low=0.0)
         largest = int(sizes.argmax())
         said.append(f"{label}: {kinds[largest]} ({number(sizes[largest])})" if sizes.any() else f"{label}: none")
@@ -158,12 +152,10 @@ def memory_modes(
         >>> memory_modes(parts)["layout"]["meta"]["caption"]
         'Least: low, 1 MiB; most: plain, 3 MiB.'
     """
-    held = {label: named(f"parts of {label!r}", of) for label, of in named("modes", modes).items()}
+    held = nested("modes", modes, row="mode", column="part")
     parts = list(next(iter(held.values())))
     totals = {}
     for label, of in held.items():
-        if list(of) != parts:
-            raise ShapeError(f"every mode must have the parts {parts}; {label!r} has {list(of)}.")
         totals[label] = float(vector(f"bytes of {label!r}", list(of.values()), low=0.0).sum()) / _MIB
     order = sorted(totals, key=lambda label: totals[label])
     data = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from orthokit.errors import OptionError, ShapeError
-from orthokit.figures._check import array, named, vector
+from orthokit.figures._check import array, named, seeded, vector
 from orthokit.figures.intervals import mean_interval, t_quantile
 from orthokit.figures.template import (
     COLOURS,
@@ -230,10 +230,7 @@ def _pair(label: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
     except (TypeError, ValueError) as cause:
         raise ShapeError(f"{label!r} must map to a pair (across, values); got {type(pair).__name__}.") from cause
     across = vector(f"across of {label!r}", across, increasing=True)
-    runs = np.atleast_2d(array(f"values of {label!r}", values, dims=(1, 2), finite=False))
-    if runs.shape[-1] != len(across):
-        raise ShapeError(f"{label!r} has {len(across)} points but values of shape {runs.shape}.")
-    return across, runs
+    return across, seeded(f"values of {label!r}", values, len(across), per="point", finite=False)
 
 
 def _styled(trace: dict[str, Any], index: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from orthokit.lab.baselines import Lion
 from orthokit.lab.contestants import CONTESTANTS, Contestant, contestant, contestants
 from orthokit.lab.corpora import Corpus, corpora, corpus
+from orthokit.lab.encoder import EncoderConfig, SentenceClassifier, SentenceEncoder
 from orthokit.lab.fit import fit
 from orthokit.lab.glosses import glosses
 from orthokit.lab.images import images
@@ -13,6 +14,7 @@ from orthokit.lab.racer import Racer
 from orthokit.lab.runs import Run, runs
 from orthokit.lab.schedules import SCHEDULES, lr_factor
 from orthokit.lab.tasks import Task, image_classification, language_modelling, task, tasks
+from orthokit.lab.text_tasks import text_classification, tokenize
 
 __all__ = [
     "CONTESTANTS",
@@ -21,10 +23,13 @@ __all__ = [
     "SIZES",
     "Contestant",
     "Corpus",
+    "EncoderConfig",
     "GradientRecorder",
     "Lion",
     "Racer",
     "Run",
+    "SentenceClassifier",
+    "SentenceEncoder",
     "SmallCNN",
     "Task",
     "TinyGPT",
@@ -45,4 +50,6 @@ __all__ = [
     "stationary_gradients",
     "task",
     "tasks",
+    "text_classification",
+    "tokenize",
 ]

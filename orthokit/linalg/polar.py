@@ -197,6 +197,8 @@ def _run(
     options = {"polish": count, "headroom": _HEADROOM[method], "eps": eps, "scaling": scaling}
     if X.requires_grad and torch.is_grad_enabled():
         return iterate_differentiable(X, table, **options)
+    if X.ndim == 3:
+        return iterate(X, table, **options, overwrite=overwrite, workspace=workspace)
     flat = X.reshape(-1, *X.shape[-2:])
     return iterate(flat, table, **options, overwrite=overwrite, workspace=workspace).reshape(X.shape)
 

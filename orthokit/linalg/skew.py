@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from orthokit.errors import ShapeError
+from orthokit.linalg import _skew_places
 from orthokit.linalg._check import check_square
 
 __all__ = ["pack_skew", "packed_size", "skew_part", "unpack_skew"]
@@ -62,11 +64,12 @@ def pack_skew(Q: Shaped[Tensor, "*batch b b"]) -> Shaped[Tensor, "*batch n"]:
         True
 
     Numerics:
-        A gather; exact and differentiable in every dtype.
+        A gather; exact in every dtype and differentiable any number of times, keeping nothing for the backward pass.
+        The index, 7 bytes per entry, is kept between calls for ``b <= 2048``.
     """
     check_square(Q, name="Q")
-    rows, columns = torch.triu_indices(Q.shape[-1], Q.shape[-1], offset=1, device=Q.device)
-    return Q[..., rows, columns]
+    # A compiler does not trace functions with a forward derivative of their own, and differentiates the gathers itself.
+    return _skew_places.pack(Q) if torch.compiler.is_compiling() else _Pack.apply(Q)  # type: ignore[no-any-return]
 
 
 def unpack_skew(v: Shaped[Tensor, "*batch n"]) -> Shaped[Tensor, "*batch b b"]:
@@ -86,14 +89,53 @@ def unpack_skew(v: Shaped[Tensor, "*batch n"]) -> Shaped[Tensor, "*batch b b"]:
         [[0.0, 2.0], [-2.0, 0.0]]
 
     Numerics:
-        A scatter and one subtraction; exact in every dtype. Its gradient is
-        ``dL/dv_ij = (dL/dQ)_ij - (dL/dQ)_ji``.
+        A gather, as in :func:`pack_skew`. Its gradient is ``dL/dv_ij = (dL/dQ)_ij - (dL/dQ)_ji``.
     """
     n = v.shape[-1] if v.ndim else 0
     b = (1 + math.isqrt(1 + 8 * n)) // 2
     if v.ndim < 1 or packed_size(b) != n:
         raise ShapeError(f"a packed skew matrix has b (b - 1) / 2 entries: 0, 1, 3, 6 ...; got shape {tuple(v.shape)}.")
-    rows, columns = torch.triu_indices(b, b, offset=1, device=v.device)
-    upper = v.new_zeros(*v.shape[:-1], b, b)
-    upper[..., rows, columns] = v
-    return upper - upper.mT
+    if torch.compiler.is_compiling():
+        return _skew_places.unpack(v, b)
+    return _Unpack.apply(v, b)  # type: ignore[no-any-return]
+
+
+# Both are linear: written by hand, they keep nothing, where autograd would keep the index and scatter in its backward.
+class _Pack(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(Q: Tensor) -> Tensor:
+        return _skew_places.pack(Q)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.b = inputs[0].shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Unpack.apply(gradient, ctx.b).triu(1)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return _Pack.apply(tangent)
+
+
+class _Unpack(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, b: int) -> Tensor:
+        return _skew_places.unpack(v, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.b = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Pack.apply(gradient - gradient.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return _Unpack.apply(tangent, ctx.b)

@@ -18,6 +18,12 @@ _CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 # Kernel sizes above this are unheard of; a trailing dimension beyond it is a feature dimension.
 _LARGEST_KERNEL = 31
+# What PEFT trains in place of a matrix, by a part of the name.
+_GENERATORS = {
+    "oft_R": "generators of rotations: packed skew matrices (PEFT's OFT)",
+    "boft_R": "generators of rotations: their skew parts count (PEFT's BOFT)",
+    "hra_u": "directions of reflections: their lengths do not matter (PEFT's HRA)",
+}
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,11 @@ def _left_out(entry: Entry, context: Context) -> Verdict | None:
         return Verdict("bias", "bias: added, not multiplied")
     if rank == 0:
         return Verdict("scalar", "a scalar")
+    # Adapters say themselves which of their numbers only look like a matrix.
+    if reason := getattr(type(entry.owner), "no_matrices", {}).get(leaf):
+        return Verdict("generator", reason)
+    if reason := next((_GENERATORS[part] for part in entry.name.split(".") if part in _GENERATORS), None):
+        return Verdict("generator", reason)
     if isinstance(entry.owner, _NORMS) or _norm_by_name(entry):
         return Verdict("norm", "norm scale: a vector" if rank == 1 else "norm scale: multiplied entry by entry")
     if rank == 1:

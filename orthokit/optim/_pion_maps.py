@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orthokit.errors import OptionError, unknown_name
 
-__all__ = ["PION_MAPS", "cayley_turn", "check_map", "gram_coefficients", "map_coefficients"]
+__all__ = ["PION_MAPS", "cayley_change", "check_map", "gram_coefficients", "map_coefficients"]
 
 PION_MAPS = ("exp_taylor", "cayley_neumann", "cayley")
 _MOST_POLISH = 2
@@ -71,9 +71,11 @@ def _multiply(left: Sequence[float], right: Sequence[float]) -> list[float]:
     return result
 
 
-def cayley_turn(W: Tensor, Q: Tensor, side: str) -> Tensor:
-    """``W C(Q)`` for the in-side, ``C(Q) W`` for the out-side, with the exact Cayley transform ``C``: one solve."""
+def cayley_change(W: Tensor, Q: Tensor, side: str) -> Tensor:
+    """``W C(Q) - W`` for the in-side, ``C(Q) W - W`` for the out-side, with the exact Cayley transform: one solve.
+
+    With ``C(Q) = I + 2 Q (I - Q)^-1`` the solve is for the change alone, and so is its rounding. Solving for the turned
+    weight would round the whole of it at every step.
+    """
     eye = torch.eye(Q.shape[-1], dtype=W.dtype, device=W.device)
-    if side == "in":
-        return torch.linalg.solve(eye - Q, W + W @ Q, left=False)
-    return torch.linalg.solve(eye - Q, W + Q @ W)
+    return torch.linalg.solve(eye - Q, 2 * (W @ Q if side == "in" else Q @ W), left=side == "out")

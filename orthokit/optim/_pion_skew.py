@@ -117,7 +117,9 @@ def _with_transpose(X: Tensor, dtype: torch.dtype, workspace: Workspace, sign: i
     return straight, turned.neg_() if sign < 0 else turned
 
 
-def skew_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace) -> Tensor:
+def skew_product(
+    P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace, *, right: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """``P Q^T - Q P^T`` folded into ``out`` ``(N, b (b - 1) / 2)``.
 
     Args:
@@ -125,12 +127,14 @@ def skew_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace) -> Ten
         Q: As ``P``.
         out: Where the result goes, usually wider than the products.
         workspace: Scratch memory.
+        right: ``P^T`` and ``Q^T`` where they lie in memory as such; default views of ``P`` and ``Q``.
     """
+    P_t, Q_t = (P.mT, Q.mT) if right is None else right
     S = workspace.get("skew", (len(P), P.shape[1], P.shape[1]), P.dtype, P.device)
-    torch.bmm(P, Q.mT, out=S)
+    torch.bmm(P, Q_t, out=S)
     if len(P) > 1 or P.shape[-1] < P.shape[1]:
         # A second product takes no longer than to transpose the first, unless its sums are long.
-        return fold(S.baddbmm_(Q, P.mT, alpha=-1), out, workspace)
+        return fold(S.baddbmm_(Q, P_t, alpha=-1), out, workspace)
     turned = transposed(S, workspace.get("skew turned", tuple(S.shape), S.dtype, S.device))
     return fold(S.sub_(turned), out, workspace)
 

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.polar import orthogonalize_
 from orthokit.linalg.skew import packed_size
-from orthokit.optim._pion_maps import cayley_turn, gram_coefficients, map_coefficients
+from orthokit.optim._pion_maps import cayley_change, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, transposed, unfold
 
 __all__ = ["Chunk", "Side", "active_sides", "kept_sides"]
@@ -33,7 +33,22 @@ class Side(NamedTuple):
 
     def turn(self, X: Tensor, A: Tensor, out: Tensor) -> Tensor:
         """``X A`` or ``A X``."""
-        return torch.bmm(X, A, out=out) if self.name == "in" else torch.bmm(A, X, out=out)
+        left, right = (X, A) if self.name == "in" else (A, X)
+        if len(X) > 1:
+            return torch.bmm(left, right, out=out)
+        torch.mm(left[0], right[0], out=out[0])  # on CPUs a batch of one is slower for tall matrices
+        return out
+
+    def add_turned(self, X: Tensor, A: Tensor, factors: Tensor, scratch: Tensor) -> Tensor:
+        """``X_i + factors_i X_i A_i``, or with ``A_i X_i``, in place of ``X``: one product, one rounding."""
+        # The factor goes into X: as the alpha of a product it would have oneDNN compile a kernel for every new value.
+        for x, y, factor in zip(X, scratch, factors.tolist(), strict=True):
+            torch.mul(x, factor, out=y)
+        left, right = (scratch, A) if self.name == "in" else (A, scratch)
+        if len(X) > 1:
+            return X.baddbmm_(left, right)
+        X[0].addmm_(left[0], right[0])
+        return X
 
 
 def kept_sides(sides: str, shape: tuple[int, int]) -> list[Side]:
@@ -140,11 +155,11 @@ class Chunk:
         S = self._buffer("generator", len(self.W), packed_size(side.size), dtype=self.W.dtype)
         # W^T G - G^T W for the in-side, G W^T - W G^T for the out-side.
         P, Q = (weight.mT, gradient.mT) if side.name == "in" else (gradient, weight)
-        summands = P.shape[-1]
+        summands, right = P.shape[-1], (P.mT, Q.mT)
         if side.name == "in" and side.size > summands:
             # On CPUs a wide product whose left factor is read across its rows takes several times as long.
             P, Q = (transposed(X.mT, self._buffer(name, *X.shape)) for name, X in (("left", P), ("right", Q)))
-        skew_product(P, Q, S, self.workspace)
+        skew_product(P, Q, S, self.workspace, right=right)
         _silence(S, quiet / math.sqrt(2 * summands))
         parts, size = list(S.split(self.counts)), S.shape[1]
         seconds = [state[f"v_{side.name}"] for state in self.states]
@@ -227,15 +242,21 @@ class Chunk:
         """Turn ``X`` in place; ``start`` is its product with ``A`` and may be overwritten."""
         group = self.group
         if group["map"] == "cayley":
-            X.copy_(cayley_turn(X, A.to(X.dtype) * (scale.to(X.dtype).view(-1, 1, 1) / 2), side.name))
+            X.add_(cayley_change(X, A.to(X.dtype) * (scale.to(X.dtype).view(-1, 1, 1) / 2), side.name))
             return
         term, other = start, self._like("term")
-        for k, c in enumerate(map_coefficients(group["map"], group["exp_order"], group["polish"])[1:], start=1):
-            if k > 1:
+        coefficients = map_coefficients(group["map"], group["exp_order"], group["polish"])[1:]
+        factors = [c * scale**k for k, c in enumerate(coefficients, start=1)]
+        # The last two terms make one sum within the last product.
+        joined = len(factors) > 1 and coefficients[-2] != 0 and _large(X)
+        for k, factor in enumerate(factors[:-1] if joined else factors):
+            if k:
                 term, other = side.turn(term, A, other), term
-            if c:
+            if joined and k == len(factors) - 2:
+                term = side.add_turned(term, A, scale * (coefficients[-1] / coefficients[-2]), other)
+            if coefficients[k]:
                 # Only these sums touch the weight: what is rounded to the dtype of the products is its change.
-                _add_scaled(X, term, c * scale**k)
+                _add_scaled(X, term, factor)
 
     def _transport(self, side: Side, A: Tensor, scale: Tensor) -> None:
         """Carry the ambient moments along with the weights."""
@@ -298,9 +319,14 @@ def _silence(S: Tensor, noise: Tensor) -> None:
         S.mul_(loud.unsqueeze(1))
 
 
+def _large(X: Tensor) -> bool:
+    """Whether the matrices of a batch are better taken one by one, with factors that the processor holds."""
+    return X.device.type == "cpu" and X[0].numel() >= _LARGE
+
+
 def _add_scaled(X: Tensor, term: Tensor, factors: Tensor) -> None:
     """``X_i += factors_i term_i`` for the matrices of a batch; ``term`` may have a narrower dtype."""
-    if X.device.type == "cpu" and X[0].numel() >= _LARGE:
+    if _large(X):
         for x, t, factor in zip(X, term, factors.tolist(), strict=True):
             x.add_(t, alpha=factor)
     else:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from orthokit.optim._pieces import Piece, decay, iteration_dtype
 from orthokit.optim.rates import lr_ratio
 from orthokit.optim.sharded import MatrixExchange, local_part
 
 if TYPE_CHECKING:
+    from orthokit.matrices import MatrixBlock
     from orthokit.optim.base import MatrixOptimizer
     from orthokit.optim.muon import Muon
 
@@ -42,15 +45,13 @@ def update_directions(
     optimizer: Muon, group: dict[str, Any], parameters: list[Tensor], exchange: MatrixExchange
 ) -> None:
     """Muon's step: only what the polar factor is taken of goes to the owners, and only directions come back."""
-    from orthokit.optim.muon import iteration_dtype
-
-    if group["ns_dtype"] is None:
+    if group["ns_dtype"] is None and "agreed_dtype" not in group:
         # Said aloud from here on: what each process would measure for itself need not be the same.
         for dtype, alike in _products(parameters, exchange).items():
-            update_directions(optimizer, {**group, "ns_dtype": dtype}, alike, exchange)
+            update_directions(optimizer, {**group, "agreed_dtype": dtype}, alike, exchange)
         return
     inputs = _polar_inputs(optimizer, group, parameters)
-    wires = [iteration_dtype(x, group) for x in inputs]
+    wires = [_wire(x, exchange.shares[p].blocks, group) for x, p in zip(inputs, parameters, strict=True)]
     wholes = exchange.collect(parameters, inputs, wires)
     # One process casts a direction to the dtype of the weights; that it is cast before or after the way is the same.
     dtypes = [_direction_dtype(wire, p.dtype, group) for wire, p in zip(wires, parameters, strict=True)]
@@ -108,6 +109,12 @@ def _polar_inputs(optimizer: Muon, group: dict[str, Any], parameters: list[Tenso
     return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
 
 
+def _wire(x: Tensor, blocks: list[MatrixBlock], group: dict[str, Any]) -> torch.dtype:
+    """The dtype in which the input of the polar factors travels: the widest that one of its blocks asks for."""
+    dtypes = [iteration_dtype(x, block.shape, group) for block in blocks]
+    return reduce(torch.promote_types, dtypes)
+
+
 def _direction_dtype(wire: torch.dtype, weight: torch.dtype, group: dict[str, Any]) -> torch.dtype:
     found = wire if group["normalize"] is None else torch.promote_types(wire, torch.float32)
     return weight if weight.itemsize < found.itemsize else found
@@ -117,12 +124,12 @@ def _write_directions(
     optimizer: Muon, group: dict[str, Any], present: list[Tensor | None], results: list[Tensor | None]
 ) -> None:
     """The (normalised) polar factor of every block of the whole tensors."""
-    from orthokit.optim.muon import Piece, chunks
+    from orthokit.optim.muon import chunks
 
     owned = {x: result for x, result in zip(present, results, strict=True) if x is not None and result is not None}
     for pieces in chunks([Piece(x, block) for x in owned for block in optimizer.blocks(x)]):
-        stack = optimizer._stacked([piece.of(piece.parameter) for piece in pieces], group)
-        factors = optimizer._directions(pieces, stack, group).split([piece.block.count for piece in pieces])
+        stack = optimizer._stacked(pieces, pieces.of([piece.parameter for piece in pieces]), group)
+        factors = optimizer._directions(pieces, stack, group).split(pieces.counts)
         for piece, factor in zip(pieces, factors, strict=True):
             piece.block.write(owned[piece.parameter], factor.reshape(piece.block.shape))
 
@@ -131,8 +138,6 @@ def _apply(
     optimizer: Muon, group: dict[str, Any], parameters: list[Tensor], parts: list[Tensor], exchange: MatrixExchange
 ) -> None:
     """Filter the directions where the order asks for it, decay, and move this process's part of the weights."""
-    from orthokit.optim.muon import decay
-
     lr = float(group["lr"])
     weights = [local_part(p) for p in parameters]
     directions = [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +136,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def check(self, named: list[tuple[str, Tensor]]) -> None:
         """Raise, on all processes alike, unless every gradient of the named parameters can be used."""
         if self.exchange is None:
-            check_gradients((name, p.grad) for name, p in named if p.grad is not None)
+            if not _surely_finite([p.grad for _, p in named if p.grad is not None]):
+                check_gradients((name, p.grad) for name, p in named if p.grad is not None)
         else:
             self.exchange.check(named)
 
@@ -219,6 +221,13 @@ def check_rate(group: dict[str, Any], *names: str) -> None:
     for name in ("lr", *names):
         if not group[name] >= 0:
             raise OptionError(f"{name} must be at least 0; got {group[name]}.")
+
+
+def _surely_finite(grads: list[Tensor]) -> bool:
+    """Whether the norms of all gradients are finite, where that can be asked without a transfer and in few calls."""
+    if not all(grad.is_cpu and grad.layout is torch.strided for grad in grads):
+        return False
+    return isfinite(sum(norm.item() for norm in torch._foreach_norm(grads))) if grads else True
 
 
 def _map_options(group: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

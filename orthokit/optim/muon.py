@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from orthokit.device import fast_matmul_dtype
 from orthokit.errors import OptionError, unknown_name
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import coefficient_table
 from orthokit.linalg.polar import check_iteration, orthogonalize_
 from orthokit.matrices import MatrixBlock
+from orthokit.optim._pieces import (
+    Chunk,
+    Piece,
+    Plan,
+    decay,
+    iteration_dtype,
+    iteration_options,
+    like,
+    strips,
+    write_back,
+)
 from orthokit.optim._report import iteration_flop, update_report
 from orthokit.optim.base import MatrixOptimizer, check_rate
 from orthokit.optim.rates import ADJUSTMENTS, lr_ratio
@@ -34,24 +44,6 @@ _CHUNK = {"cpu": 1 << 22}
 _CHUNK_ELSEWHERE = 1 << 27
 # Entries from which a matrix is handled by itself through one scratch buffer; below, calls cost more than memory.
 _LARGE = 1 << 15
-
-
-class Piece(NamedTuple):
-    """One block of one parameter: what a row of the work list is."""
-
-    parameter: Tensor
-    block: MatrixBlock
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This block of a tensor shaped like the parameter, ``(matrices, out, in)``; a view if there is one."""
-        if tensor.ndim == 2 and not self.block.layout.steps:
-            return tensor.unsqueeze(0)  # the common case, at a tenth of the cost of the general one
-        return self.block.read(tensor).reshape(-1, *self.block.shape[-2:])
-
-    @property
-    def gradient(self) -> Tensor:
-        """The parameter's gradient, which is there."""
-        return self.parameter.grad  # pyright: ignore[reportReturnType]
 
 
 class Muon(MatrixOptimizer):
@@ -85,9 +77,9 @@ class Muon(MatrixOptimizer):
         normalize: ``None`` (default) or ``"neuron"``.
         beta2: Share of the old mean square of ``normalize``, in ``[0, 1)``; default 0.95.
         decay: ``"decoupled"`` (default), or ``"cautious"``: only entries that the step makes smaller decay.
-        ns_dtype: Precision of the iteration for real parameters; default the fastest measured here for float32,
-            bfloat16 and float16 (bfloat16 or float32), float64 for float64. Complex parameters and ``"svd"`` keep
-            their own.
+        ns_dtype: Precision of the iteration for real parameters; default float32 for tiny matrices (``m m n`` up to
+            ``2^17``, ``m`` the shorter side), else the fastest measured here (bfloat16 or float32); float64 for
+            float64. Complex parameters and ``"svd"`` keep their own.
         blocks: The matrix blocks of each parameter, from ``matrices``; default read from the shape. ``optim.for_model``
             fills it in.
         process_group: The processes that divide the work on replicated parameters (DDP): a group or ``"world"``;
@@ -163,10 +155,11 @@ class Muon(MatrixOptimizer):
             "ns_dtype": ns_dtype,
         }
         self._workspace = Workspace()
+        self._plans: dict[tuple, Plan] = {}
         super().__init__(params, defaults, blocks=blocks, process_group=process_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_workspace": self._workspace}
+        return {**super().__getstate__(), "_workspace": self._workspace, "_plans": {}}
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_rate(group, "weight_decay")
@@ -200,12 +193,24 @@ class Muon(MatrixOptimizer):
         moved = [p for p in group["params"] if p.grad is not None and p.numel()]
         if not moved:
             return
-        if group["order"] == "pre":
-            buffers = [self._buffer(p) for p in moved]
-            torch._foreach_lerp_(buffers, [p.grad for p in moved], 1 - group["momentum"])
-        pieces = [Piece(p, block) for p in moved for block in self._blocks[p]]
-        for chunk in chunks(pieces):
-            self._apply(chunk, self._directions(chunk, self._stack(chunk, group), group), group)
+        plan = self._planned(moved)
+        if group["order"] == "pre" and plan.apart:
+            buffers = [self._buffer(p) for p in plan.apart]
+            torch._foreach_lerp_(buffers, [p.grad for p in plan.apart], 1 - group["momentum"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for chunk in plan.chunks:
+            stack = self._stack(chunk, group, advance=True)
+            self._apply(chunk, self._directions(chunk, stack, group), group)
+
+    def _planned(self, moved: list[Tensor]) -> Plan:
+        """The chunks of a step. They are kept: with many small matrices, making them costs as much as the products."""
+        key = tuple((id(p), p.dtype, p.grad.dtype, p.device) for p in moved)  # pyright: ignore[reportOptionalMemberAccess]
+        if key not in self._plans:
+            if len(self._plans) > 2 * len(self.param_groups):
+                self._plans.clear()  # other parameters have gradients at every step
+            found = list(chunks([Piece(p, block) for p in moved for block in self._blocks[p]]))
+            apart = {piece.parameter: None for chunk in found if not chunk.plain for piece in chunk}
+            self._plans[key] = Plan(found, list(apart))
+        return self._plans[key]
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -213,42 +218,78 @@ class Muon(MatrixOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)  # pyright: ignore[reportArgumentType]
         return state["momentum_buffer"]
 
-    def _stack(self, chunk: list[Piece], group: dict[str, Any]) -> Tensor:
+    def _stack(self, chunk: Chunk, group: dict[str, Any], *, advance: bool = False) -> Tensor:
         """What the polar factors are taken of, ``(matrices, out, in)`` in the dtype of the products.
 
-        The filtered gradients for "pre", the gradients themselves otherwise.
+        The filtered gradients for "pre", the gradients themselves otherwise. With ``advance`` the buffers move first,
+        unless they belong to parameters of several blocks.
         """
-        grads = [piece.of(piece.gradient) for piece in chunk]
+        grads = chunk.of([piece.gradient for piece in chunk])
         if group["order"] != "pre":
-            return self._stacked(grads, group)
-        buffers = [piece.of(self.state[piece.parameter]["momentum_buffer"]) for piece in chunk]
-        if not group["nesterov"]:
-            return self._stacked(buffers, group)
-        return self._stacked(grads, group, blend=buffers)
+            return self._stacked(chunk, grads, group)
+        buffers, advance = chunk.of([self._buffer(piece.parameter) for piece in chunk]), advance and chunk.plain
+        if group["nesterov"]:
+            return self._stacked(chunk, grads, group, blend=buffers, advance=advance)
+        if advance:
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return self._stacked(chunk, buffers, group)
 
-    def _stacked(self, inputs: list[Tensor], group: dict[str, Any], blend: list[Tensor] | None = None) -> Tensor:
-        """Batches of equal shape as one, cast on the way; with ``blend``, moved towards it by the momentum before."""
+    def _stacked(
+        self,
+        chunk: Chunk,
+        inputs: list[Tensor],
+        group: dict[str, Any],
+        *,
+        blend: list[Tensor] | None = None,
+        advance: bool = False,
+    ) -> Tensor:
+        """Blocks of equal shape as one batch, cast on the way; with ``blend``, moved towards it by the momentum.
+
+        With ``advance`` it is moved towards the inputs before.
+        """
         first, momentum = inputs[0], group["momentum"]
-        counts = [x.shape[0] for x in inputs]
-        size = (sum(counts), *first.shape[1:])
-        stack = self._workspace.get("stack", size, iteration_dtype(first, group), first.device)
-        slots = stack.split(counts)
-        if blend is not None and first.numel() >= _LARGE:
-            for slot, x, y in zip(slots, inputs, blend, strict=True):
-                slot.copy_(torch.lerp(x, y, momentum, out=self._scratch(x)))
-        else:
-            torch._foreach_copy_(slots, inputs if blend is None else torch._foreach_lerp(inputs, blend, momentum))
+        size = (sum(chunk.counts), *first.shape[-2:])
+        dtype = iteration_dtype(first, size, group)
+        if first.numel() < _LARGE:
+            found = self._joined("stack" if dtype == first.dtype else "joined", inputs)
+            if blend is not None:
+                buffer = self._joined("blend", blend)
+                if advance:
+                    torch._foreach_copy_(blend, chunk.split(buffer.lerp_(found, 1 - momentum)))
+                torch.lerp(found, buffer, momentum, out=found)
+            if dtype == first.dtype:
+                return found
+            return self._workspace.get("stack", size, dtype, first.device).copy_(found)
+        stack = self._workspace.get("stack", size, dtype, first.device)
+        if blend is None:
+            torch._foreach_copy_(chunk.split(stack), inputs)
+            return stack
+        scratch = self._scratch(inputs)
+        for slot, x, y in zip(chunk.split(stack), inputs, blend, strict=True):
+            for part, gradient, buffer in strips(slot, x, y):
+                if advance:
+                    buffer.lerp_(gradient, 1 - momentum)
+                part.copy_(torch.lerp(gradient, buffer, momentum, out=like(gradient, scratch)))
         return stack
 
-    def _scratch(self, like: Tensor) -> Tensor:
-        return self._workspace.get("scratch", tuple(like.shape), like.dtype, like.device)
+    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
+        """Small blocks in one batch: a few calls over all of them cost less than a few calls over each."""
+        first, single = parts[0], parts[0].ndim == 2
+        size = (len(parts) if single else sum(part.shape[0] for part in parts), *first.shape[-2:])
+        out = self._workspace.get(name, size, first.dtype, first.device)
+        return torch.stack(parts, out=out) if single else torch.cat(parts, out=out)
 
-    def _directions(self, chunk: list[Piece], stack: Tensor, group: dict[str, Any]) -> Tensor:
+    def _scratch(self, tensors: list[Tensor]) -> Tensor:
+        """Memory for any one of these tensors."""
+        size = max(x.numel() for x in tensors)
+        return self._workspace.get("scratch", (size,), tensors[0].dtype, tensors[0].device)
+
+    def _directions(self, chunk: Chunk, stack: Tensor, group: dict[str, Any]) -> Tensor:
         """The (normalised) polar factors of a chunk, ``(matrices, out, in)``; ``stack`` is used up."""
         stack = orthogonalize_(stack, **iteration_options(group), workspace=self._workspace)
         return stack if group["normalize"] is None else self._equalize(chunk, stack, group)
 
-    def _equalize(self, chunk: list[Piece], stack: Tensor, group: dict[str, Any]) -> Tensor:
+    def _equalize(self, chunk: Chunk, stack: Tensor, group: dict[str, Any]) -> Tensor:
         """Rows divided by the root of their running mean square; the norm of each matrix stays as it was."""
         stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
         squares = stack.abs().square().mean(-1)
@@ -272,30 +313,33 @@ class Muon(MatrixOptimizer):
         count, rows = piece.block.count, piece.block.shape[-2]
         return state["row_moments"][start : start + count * rows].view(count, rows)
 
-    def _apply(self, chunk: list[Piece], directions: Tensor, group: dict[str, Any]) -> None:
+    def _apply(self, chunk: Chunk, directions: Tensor, group: dict[str, Any]) -> None:
         """Decay and move the weights of a chunk along its directions."""
-        counts = [piece.block.count for piece in chunk]
-        lr = float(group["lr"])
-        rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *chunk[0].block.shape[-2:])
-        weights = [piece.of(piece.parameter) for piece in chunk]
+        lr, rule = float(group["lr"]), group["decay"]
+        rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *directions.shape[-2:])
+        weights = chunk.of([piece.parameter for piece in chunk])
         dtype = weights[0].dtype
-        if group["order"] != "post" and weights[0].numel() >= _LARGE:
-            for weight, part in zip(weights, directions.split(counts), strict=True):
-                direction = part if part.dtype == dtype else self._scratch(weight).copy_(part)
-                decay([weight], [direction], rate=rate, rule=group["decay"])
-                weight.add_(direction, alpha=-lr * ratio)
-        else:
-            parts = list(directions.to(dtype).split(counts))
-            if group["order"] == "post":
-                parts = self._filtered(chunk, parts, group)
-            decay(weights, parts, rate=rate, rule=group["decay"])
+        if group["order"] == "post":
+            parts = self._filtered(chunk, chunk.split(directions.to(dtype)), group)
+            decay(weights, parts, rate=rate, rule=rule)
             torch._foreach_add_(weights, parts, alpha=-lr * ratio)
+        elif weights[0].numel() >= _LARGE:
+            scratch = self._scratch(weights)
+            for whole, factor in zip(weights, chunk.split(directions), strict=True):
+                for weight, part in strips(whole, factor):
+                    direction = part if part.dtype == dtype else like(weight, scratch).copy_(part)
+                    decay([weight], [direction], rate=rate, rule=rule)
+                    weight.add_(direction, alpha=-lr * ratio)
+        else:
+            found, directions = self._joined("joined", weights), directions.to(dtype)
+            decay([found], [directions], rate=rate, rule=rule)
+            torch._foreach_copy_(weights, chunk.split(found.add_(directions, alpha=-lr * ratio)))
         write_back(chunk, weights)
 
-    def _filtered(self, chunk: list[Piece], parts: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _filtered(self, chunk: Chunk, parts: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The directions of "post": the average of the polar factors, or its Nesterov blend with the last."""
         momentum, tensors = group["momentum"], [self._buffer(piece.parameter) for piece in chunk]
-        buffers = [piece.of(tensor) for piece, tensor in zip(chunk, tensors, strict=True)]
+        buffers = chunk.of(tensors)
         parts = [part.to(buffer.dtype) for part, buffer in zip(parts, buffers, strict=True)]
         torch._foreach_lerp_(buffers, parts, 1 - momentum)
         write_back(chunk, buffers, tensors)
@@ -330,7 +374,7 @@ class Muon(MatrixOptimizer):
         return self._report(lambda: update_report(self, time=time))
 
 
-def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
+def chunks(pieces: list[Piece]) -> Iterator[Chunk]:
     """Pieces of one shape, dtype and device together, as many as the caches hold."""
     alike: dict[tuple, list[Piece]] = defaultdict(list)
     for piece in pieces:
@@ -338,53 +382,11 @@ def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
         alike[(*piece.block.shape[-2:], p.dtype, piece.gradient.dtype, p.device)].append(piece)
     for members in alike.values():
         room = _CHUNK.get(members[0].parameter.device.type, _CHUNK_ELSEWHERE)
-        chunk, size = [], 0
+        chunk, size = Chunk(), 0
         for piece in members:
             if chunk and size + piece.block.numel > room:
                 yield chunk
-                chunk, size = [], 0
+                chunk, size = Chunk(), 0
             chunk.append(piece)
             size += piece.block.numel
         yield chunk
-
-
-def iteration_options(group: dict[str, Any]) -> dict[str, Any]:
-    """The options of a group as :func:`orthokit.linalg.orthogonalize` names them."""
-    return {
-        "method": group["method"],
-        "steps": group["ns_steps"],
-        "polish": group["polish"],
-        "coefficients": group["ns_coefficients"] if group["method"] == "newton_schulz" else None,
-        "scaling": group["scaling"],
-        "eps": group["eps"],
-    }
-
-
-def iteration_dtype(x: Tensor, group: dict[str, Any]) -> torch.dtype:
-    """The dtype of the products for an input."""
-    # The exact factor of rounded input would not be exact, and half precision has no complex form.
-    if x.is_complex() or group["method"] == "svd":
-        return x.dtype
-    if group["ns_dtype"] is not None:
-        return group["ns_dtype"]
-    return x.dtype if x.dtype == torch.float64 else fast_matmul_dtype(x.device)
-
-
-def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:
-    """Shrink the weights in place: all entries, or with ``"cautious"`` those that the step makes smaller as well."""
-    if not rate:
-        return
-    if rule == "decoupled":
-        torch._foreach_mul_(weights, 1 - rate)
-        return
-    for weight, direction in zip(weights, directions, strict=True):
-        shrinking = (weight * direction.conj()).real > 0
-        weight.sub_(weight * shrinking, alpha=rate)
-
-
-def write_back(chunk: list[Piece], values: list[Tensor], tensors: list[Tensor] | None = None) -> None:
-    """Strides that allow no view gave a copy; its values go back to the parameter (or to ``tensors``)."""
-    for i, (piece, value) in enumerate(zip(chunk, values, strict=True)):
-        target = piece.parameter if tensors is None else tensors[i]
-        if value.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
-            piece.block.write(target, value.view(piece.block.shape))

@@ -112,7 +112,9 @@ class Pion(MatrixOptimizer):
         The state is ``out^2 + in^2`` numbers a matrix (half of that without second moment), half of the published
         size: skew matrices and their squares are stored folded. A generator that does not stand above the rounding of
         its products counts as zero. Per step and matrix, with ``b`` the larger and ``c`` the smaller of ``out`` and
-        ``in``: about ``8 b^2 c + 10 b c^2`` FLOP of products at order 2.
+        ``in``: about ``8 b^2 c + 10 b c^2`` FLOP of products at order 2. The longer side's generator has at most
+        rank ``2 c``, and products with its factors would be cheap; but every step adds to the rank of its average, and
+        dividing by ``sqrt(v)`` entry by entry fills it. So neither moment allows it.
 
     References:
         Pion: an orthogonal optimizer without reparameterisation (2026), arXiv 2605.12492. Folded state, the floor, the

@@ -126,6 +126,43 @@ class RoutedOptimizer(torch.optim.Optimizer):
         frame.insert(2, "optimizer", [owner.get(name, "none") for name in frame["parameter"]])
         return frame
 
+    def report(self, **options: Any) -> pd.DataFrame:
+        """What the last step did to each matrix, as the optimizers of the parts report it.
+
+        Call it after ``step`` and before ``zero_grad``. AdamW has no report, so its parameters have no rows.
+
+        Args:
+            **options: Of the report of the matrices' optimizer, such as ``time`` of ``Muon.report``.
+
+        Returns:
+            A pandas frame, one row per block: ``matrix``, ``optimizer``, and the columns of ``Muon.report`` or
+            ``Pion.report``.
+
+        Raises:
+            ParameterError: No matrix holds a gradient, or no part has a report.
+
+        Example:
+            >>> model = nn.Linear(4, 3)
+            >>> optimizer = for_model(model, lr=0.1)
+            >>> model(torch.ones(4)).sum().backward()
+            >>> _ = optimizer.step()
+            >>> optimizer.report(time=False)[["matrix", "optimizer"]].values.tolist()
+            [['weight', 'Muon']]
+        """
+        import pandas as pd
+
+        frames = []
+        for part in self.parts:
+            make: Any = getattr(part, "report", None)
+            if callable(make):
+                frame: Any = make(**options)
+                frame.insert(1, "optimizer", type(part).__name__)
+                frames.append(frame)
+        if not frames:
+            names = " and ".join(type(part).__name__ for part in self.parts)
+            raise ParameterError(f"{names} make no report; only an optimizer with a report() can be asked for one.")
+        return pd.concat(frames, ignore_index=True)
+
 
 def for_model(
     model: nn.Module,

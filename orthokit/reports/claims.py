@@ -188,7 +188,8 @@ class Claim:
 
     def _repr_markdown_(self) -> str:
         """The claim as a sentence with its verdict, for the end of a notebook cell."""
-        return f"*{self.verdict}:* {self.text} Measured {measured(self)}; expected {said(self.predicted)}."
+        expected = "" if self.predicted is None else f"; expected {said(self.predicted)}"
+        return f"*{self.verdict}:* {self.text} Measured {measured(self)}{expected}."
 
 
 class Ledger:

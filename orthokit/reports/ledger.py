@@ -68,7 +68,8 @@ def as_text(found: Sequence[Entry]) -> str:
         c = entry.claim
         seeds = f", {c.seeds} seeds" if c.seeds else ""
         lines.append(f"{c.verdict.upper():<10} {c.text}")
-        lines.append(f"{'':<10} measured {measured(c)}; predicted {said(c.predicted)}{seeds}; {c.source}")
+        predicted = "" if c.predicted is None else f"; predicted {said(c.predicted)}"
+        lines.append(f"{'':<10} measured {measured(c)}{predicted}{seeds}; {c.source}")
         lines.append(f"{'':<10} {entry.origin} / {c.id}" + (f" · {c.paper}" if c.paper else ""))
     return "\n".join([*lines, "", counts(found)])
 

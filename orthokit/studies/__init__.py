@@ -6,6 +6,34 @@ from pathlib import Path
 
 from orthokit.errors import unknown_name
 from orthokit.studies._engine import Study, evidence_root, load_evidence, run_study
+from orthokit.studies.adapter_claims import ADAPTER_DUELS, AdapterDuel, adapter_margins, oftv2_costs
+from orthokit.studies.adapter_geometry import what_is_kept
+from orthokit.studies.adapter_probes import adapted_at, kept_at, merge_gap, orthogonality_at, requantised_at
+from orthokit.studies.adapter_results import (
+    adapter_costs,
+    adapter_curves,
+    adapter_differences,
+    adapter_finals,
+    adapter_live,
+    adapter_rates,
+    adapter_settings,
+    adapter_summary,
+    adapter_trade,
+    adapters_by_budget,
+    adapters_kept,
+    best_rates_by_block,
+    block_exponents,
+)
+from orthokit.studies.adapter_study import ADAPTERS
+from orthokit.studies.adapter_tracks import ADAPTER_TRACKS, AdapterTrack
+from orthokit.studies.adapters import (
+    ADAPTER_METHODS,
+    AdapterMethod,
+    adapt,
+    adapt_once,
+    budget_settings,
+    trainable,
+)
 from orthokit.studies.coefficients import (
     compare_recipes,
     head_split,
@@ -34,8 +62,11 @@ from orthokit.studies.maps import (
 )
 from orthokit.studies.optimizer_race import TRACKS, Track, enter, race_once
 from orthokit.studies.pion import (
+    PION_DRIFT,
+    PION_DRIFT_VARIANTS,
     PION_RIVALS,
     compare_geometries,
+    drift_histories,
     drift_history,
     gradient_split,
     rivals_without_norms,
@@ -99,6 +130,7 @@ from orthokit.studies.race_results import (
 from orthokit.studies.race_study import RACE
 from orthokit.studies.recipes import PLAIN, SPECTRA, Recipe, lab_recipes, published_recipes, with_spectrum
 from orthokit.studies.rotations import RotationRun, adapt_by_rotation
+from orthokit.studies.step_memory import step_bytes
 from orthokit.studies.synthetic import (
     BETAS,
     PUBLISHED_RANK_3,
@@ -109,11 +141,17 @@ from orthokit.studies.synthetic import (
 )
 
 __all__ = [
+    "ADAPTERS",
+    "ADAPTER_DUELS",
+    "ADAPTER_METHODS",
+    "ADAPTER_TRACKS",
     "BETAS",
     "DRIFT_VARIANTS",
     "LAYER_KINDS",
     "LLAMA",
     "ORDERS",
+    "PION_DRIFT",
+    "PION_DRIFT_VARIANTS",
     "PION_RIVALS",
     "PLAIN",
     "POET_METHODS",
@@ -123,6 +161,9 @@ __all__ = [
     "SPECTRA",
     "STUDIES",
     "TRACKS",
+    "AdapterDuel",
+    "AdapterMethod",
+    "AdapterTrack",
     "Duel",
     "LiveErrors",
     "Probe",
@@ -130,11 +171,29 @@ __all__ = [
     "RotationRun",
     "Study",
     "Track",
+    "adapt",
     "adapt_by_rotation",
+    "adapt_once",
+    "adapted_at",
+    "adapter_costs",
+    "adapter_curves",
+    "adapter_differences",
+    "adapter_finals",
+    "adapter_live",
+    "adapter_margins",
+    "adapter_rates",
+    "adapter_settings",
+    "adapter_summary",
+    "adapter_trade",
+    "adapters_by_budget",
+    "adapters_kept",
     "adviser_table",
     "alignments",
     "at_rates",
     "best_lr",
+    "best_rates_by_block",
+    "block_exponents",
+    "budget_settings",
     "compare_geometries",
     "compare_methods",
     "compare_optimizers",
@@ -142,6 +201,7 @@ __all__ = [
     "compare_with_published",
     "curves",
     "drift_curves",
+    "drift_histories",
     "drift_history",
     "duel_margins",
     "energies",
@@ -155,6 +215,7 @@ __all__ = [
     "head_split",
     "identity_errors",
     "initial_norms",
+    "kept_at",
     "lab_recipes",
     "layer_bytes",
     "live_drift",
@@ -165,9 +226,12 @@ __all__ = [
     "measure_probe",
     "memory_on_paper",
     "memory_table",
+    "merge_gap",
     "merge_schedules",
     "names",
+    "oftv2_costs",
     "orthogonality",
+    "orthogonality_at",
     "parity_errors",
     "pipeline_lead",
     "plane_curves",
@@ -189,6 +253,7 @@ __all__ = [
     "rate_curves",
     "relative_to",
     "reported_step",
+    "requantised_at",
     "rivals_without_norms",
     "run",
     "scalar_maps",
@@ -199,19 +264,24 @@ __all__ = [
     "spectrum_along_training",
     "spread_on_sphere",
     "start_ranges",
+    "step_bytes",
     "step_length",
     "strip_norms",
     "train_method",
     "train_pipeline",
     "train_poet",
     "train_recipes",
+    "trainable",
     "trainable_by_block",
     "tuned_rates",
     "values_after",
+    "what_is_kept",
     "with_spectrum",
 ]
 
-STUDIES: dict[str, Study] = {study.name: study for study in (PIPELINES, POET_STUDY, RACE, SYNTHETIC_GAP)}
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (ADAPTERS, PION_DRIFT, PIPELINES, POET_STUDY, RACE, SYNTHETIC_GAP)
+}
 
 
 def names() -> list[str]:
@@ -219,7 +289,7 @@ def names() -> list[str]:
 
     Example:
         >>> names()
-        ['pipelines', 'poet_drift', 'race', 'synthetic_gap']
+        ['adapters', 'pion_drift', 'pipelines', 'poet_drift', 'race', 'synthetic_gap']
     """
     return sorted(STUDIES)
 

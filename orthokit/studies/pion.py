@@ -14,14 +14,18 @@ from orthokit.lab.tasks import Task, language_modelling
 from orthokit.linalg.spectra import singular_values
 from orthokit.optim.pion import MOMENTA, Pion
 from orthokit.optim.routing import for_model
+from orthokit.studies._engine import Study
 from orthokit.studies.pipelines import train_tinygpt
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "PION_DRIFT",
+    "PION_DRIFT_VARIANTS",
     "PION_RIVALS",
     "compare_geometries",
+    "drift_histories",
     "drift_history",
     "gradient_split",
     "rivals_without_norms",
@@ -48,6 +52,21 @@ PION_RIVALS: dict[str, Make] = {
     "Pion": lambda model, lr: for_model(model, "pion", lr=lr, fallback_lr=_REST_LR),
 }
 """Makers of the optimizers compared here; all give an update of a hidden matrix the size 0.2 lr."""
+
+# With this period the last of 10,000 steps is the last one before a restoration: the drift there is the largest.
+_RESTORE = {"restore_every": 137}
+_EXACT, _NARROW = {"dtype": torch.float32}, {"dtype": torch.bfloat16}
+PION_DRIFT_VARIANTS: dict[str, dict[str, Any]] = {
+    "order 2, bf16 products": _NARROW,
+    "order 2, bf16 products, restored": _NARROW | _RESTORE,
+    "order 2 (published)": _EXACT,
+    "order 2, restored": _EXACT | _RESTORE,
+    "order 2, all in float64": {"dtype": torch.float64},
+    "Cayley-Neumann, bf16 products": _NARROW | {"map": "cayley_neumann"},
+    "Cayley-Neumann": _EXACT | {"map": "cayley_neumann"},
+    "exact Cayley": _EXACT | {"map": "cayley"},
+}
+"""Ways of making the step whose drift the study ``pion_drift`` compares; weights and, unless said, products float32."""
 
 
 def _train(model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[tuple[int, float]]:
@@ -136,21 +155,55 @@ def drift_history(
     Returns:
         Columns ``step, drift, norm_drift, truncation, rounding, angle``; see ``Pion.report``.
     """
+    kept = {"lr": lr, "steps": steps, "readings": readings, "shape": shape, "dtype": dtype}
+    return drift_histories(options, seeds=[seed], **kept).drop(columns="seed")
+
+
+def drift_histories(
+    options: Mapping[str, Any],
+    *,
+    lr: float,
+    steps: int,
+    seeds: Sequence[int],
+    readings: int = 8,
+    shape: tuple[int, int] = (64, 48),
+    dtype: torch.dtype = torch.float32,
+) -> pd.DataFrame:
+    """:func:`drift_history` of several seeds, whose matrices step side by side in one optimizer.
+
+    Args:
+        options: As there.
+        lr: As there.
+        steps: As there.
+        seeds: Of matrix, target and noise, each for itself.
+        readings: As there.
+        shape: As there.
+        dtype: As there.
+
+    Returns:
+        Columns ``seed, step, drift, norm_drift, truncation, rounding, angle``.
+    """
     import pandas as pd
 
-    g = torch.Generator().manual_seed(seed)
-    weight, target = (0.02 * torch.randn(shape, generator=g) for _ in range(2))
-    p = nn.Parameter(weight.to(dtype))
-    optimizer = Pion([p], lr=lr, track=True, **options)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.stack([0.02 * torch.randn(shape, generator=g) for g in generators])
+
+    weights, targets = draw().to(dtype), draw()
+    ps = [nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = Pion(ps, lr=lr, track=True, **options)
     every, rows = max(1, steps // readings), []
     for step in range(1, steps + 1):
-        noise = 0.02 * torch.randn(shape, generator=g)
-        p.grad = (p.detach().float() - target + noise).to(dtype)
+        pull = torch.stack([p.detach() for p in ps]).float() - targets + draw()
+        for p, grad in zip(ps, pull.to(dtype), strict=True):
+            p.grad = grad
         optimizer.step()
         if step % every == 0:
-            row = optimizer.report().iloc[0]
-            kept = {key: float(row[key]) for key in ("drift", "norm_drift", "truncation", "rounding")}
-            rows.append({"step": step} | kept | {"angle": float(max(row["angle_in"], row["angle_out"]))})
+            for seed, row in zip(seeds, optimizer.report().to_dict("records"), strict=True):
+                kept = {key: float(row[key]) for key in ("drift", "norm_drift", "truncation", "rounding")}
+                angle = float(max(row["angle_in"], row["angle_out"]))
+                rows.append({"seed": seed, "step": step} | kept | {"angle": angle})
     return pd.DataFrame(rows)
 
 
@@ -291,3 +344,28 @@ def gradient_split(
             if (step + 1) % every == 0:
                 rows.append({"seed": seed, "step": step + 1} | reading(model, large))
     return pd.DataFrame(rows)
+
+
+def _units(size: str, seeds: int) -> list[dict[str, Any]]:
+    toy = {"lr": 5e-3, "steps": 10_000, "readings": 8, "shape": [64, 48]}
+    if size == "smoke":
+        toy |= {"steps": 2, "readings": 1, "shape": [6, 4]}
+    return [{"variant": variant, "seeds": seeds, **toy} for variant in PION_DRIFT_VARIANTS]
+
+
+def _measure(unit: dict[str, Any]) -> list[dict[str, Any]]:
+    options = PION_DRIFT_VARIANTS[unit["variant"]]
+    wide = torch.float64 if options["dtype"] == torch.float64 else torch.float32
+    toy = {key: unit[key] for key in ("lr", "steps", "readings")}
+    found = drift_histories(options, seeds=range(unit["seeds"]), shape=tuple(unit["shape"]), dtype=wide, **toy)
+    return [{"variant": unit["variant"], **row} for row in found.to_dict("records")]
+
+
+PION_DRIFT = Study(
+    name="pion_drift",
+    question="How far do singular values drift in 10,000 steps of Pion at a large, constant rate, and through what?",
+    units=_units,
+    measure=_measure,
+    seeds=5,
+    depends=lambda unit: ("optim/_pion_*.py", "optim/pion.py", "optim/base.py", "studies/pion.py"),
+)

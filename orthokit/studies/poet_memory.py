@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from orthokit.adapters import POET, POETLinear
 from orthokit.adapters.block_rotation import side_sizes
 from orthokit.errors import unknown_name
 from orthokit.linalg import packed_size
+from orthokit.studies.step_memory import step_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,28 +171,7 @@ def layer_bytes(kind: str, inputs: int, outputs: int, *, rows: int, block_size: 
     """
     layer = make_layer(kind, inputs, outputs, block_size=block_size)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(layer)}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = layer(x)
-    y.sum().backward()
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    optimizer.step()
-    states = [value for p in trained for value in optimizer.state[p].values() if value.ndim]
-    return {
-        "weights": sum(held.values()),
-        "gradients": sum(_size(p.grad) for p in trained if p.grad is not None),
-        "moments": sum(_size(value) for value in states),
-        "kept": sum(kept.values()),
-    }
+    return step_bytes(layer, x)
 
 
 def memory_table(
@@ -287,11 +267,3 @@ def _shape(model: str) -> LlamaShape:
     if model not in LLAMA:
         raise unknown_name("model", model, LLAMA)
     return LLAMA[model]
-
-
-def _tensors(layer: nn.Module) -> list[Tensor]:
-    return [*layer.parameters(), *layer.buffers()]
-
-
-def _size(tensor: Any) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -131,7 +131,7 @@ def test_an_error_in_one_layer_leaves_the_model_as_it_was():
 
 def test_bad_requests_are_refused(unchecked):
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(OptionError, match="POET"):
+    with pytest.raises(OptionError, match="must be an adapter such as OFT"):
         attach(model, {"block_size": 4})
     with pytest.raises(OptionError, match="targets"):
         attach(model, POET(4), targets=[3])

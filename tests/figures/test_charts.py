@@ -14,7 +14,10 @@ T = [1, 2, 5, 10, 100]
 BETAS = [0.0, 0.5, 0.9, 0.99]
 STEPS = np.arange(0, 50, 10)
 PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost")
-BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"}  # ticks that are names say it all
+# Ticks that are names say it all.
+BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"} | dict.fromkeys(
+    ("kept_and_broken", "step_costs"), "yaxis"
+)
 
 
 def charts():
@@ -61,6 +64,25 @@ def charts():
         "drift_budget": F.drift_budget(T, {"order 2": {"truncation": T, "rounding": rng.normal(size=5)}}),
         "stationarity_split": F.stationarity_split(T, {"in": rng.random((3, 5)), "radial": rng.random(5)}),
         "rate_range": F.rate_range([1e-3, 1e-2], {"A": [[2.0, np.nan], [2.1, 3.0]], "B": [2.2, 2.1]}),
+        "kept_and_broken": F.kept_and_broken({"OFT": {"angles": [1e-7, 0.0]}, "LoRA": {"angles": [0.01, 0.02]}}),
+        "gain_and_loss": F.gain_and_loss({"A": rng.random((3, 2)), "B": [[np.nan, 1]]}, xlabel="bits", ylabel="bits"),
+        "tuned_rates": F.tuned_rates({"A": ([1, 2, 4], [2.0, 1.5, np.nan])}, {"A": (2, [1.5, 1.6])}, ylabel="nats"),
+        "loss_by_budget": F.loss_by_budget({"A": ([10, 40], rng.random((3, 2)))}, ylabel="nats", start=2, full=0.1),
+        "rates_by_block": F.rates_by_block(([8, 16], [4e-3, 2e-3]), ([8, 16], [2e-3, 2e-3])),
+        "step_costs": F.step_costs({"a layer": {"OFT": 1.1, "BOFT": 1.6}, "a model": {"OFT": 1.0, "BOFT": 1.2}}),
+        "requantised": F.requantised([0.1, 0.2], {"OFT": {"merged": [0.0, 1e-7], "requantised": [0.01, 0.01]}}),
+        "error_at_angle": F.error_at_angle(
+            [0.1, 1],
+            {"k = 3": [1e-4, 1.0]},
+            current="k = 3",
+            at=0.3,
+            measured={"here": 0.0},
+            floor=1e-7,
+            span=(1e-9, 10),
+        ),
+        "spectrum_before_after": F.spectrum_before_after([2.0, 0.0], {"turned": [2.0, 0.0], "added": [2.1, 0.1]}),
+        "pair_angles": F.pair_angles([80.0, 95.0], {"turned": [80.0, 95.0], "added": [81.0, 90.0]}),
+        "matrix_picture": F.matrix_picture(rng.standard_normal((5, 7)), name="R − I", cells=3),
         "energy_by_matrix": F.energy_by_matrix(["a", "b"], {"trained": [0.8, 0.7], "uniform": [0.7, 0.75]}),
     }
 

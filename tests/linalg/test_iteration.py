@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orthokit.errors import OptionError, UnknownNameError
-from orthokit.linalg import orthogonalize, polar, random_orthogonal
+from orthokit.linalg import _iteration, orthogonalize, polar, random_orthogonal
 from orthokit.linalg._iteration import SCALINGS, _factor, iterate, iterate_differentiable
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import coefficient_table
@@ -143,3 +143,43 @@ def test_large_matrices_follow_the_formulas_too(name, shape, dtype, tolerance):
     result = iterate(X, table, **options("frobenius", 0), overwrite=False)
     expected = iterate_differentiable(X.double(), table, **options("frobenius", 0))
     assert (result.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["jordan", "polar_express", "you", "cubic"])
+@pytest.mark.parametrize("shape", [(2, 128, 256), (1, 400, 130), (2, 128, 255)], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_two_steps_of_one_gram_matrix_are_two_steps(name, shape, steps):
+    X, table = randn(*shape), coefficient_table(name, steps)
+    expected = iterate_differentiable(X, table, **options("aol", 1))
+    result = iterate(X, table, **options("aol", 1), overwrite=False, workspace=Workspace())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_paired_steps_in_bfloat16_are_as_close_as_single_ones(monkeypatch, power):
+    # Small singular values are where a Gram matrix carried along would lose digits: 1 / k^2 falls to 6e-5.
+    rows = torch.arange(1, 129).double().unsqueeze(-1) ** -power
+    basis = random_orthogonal(128, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    X = (basis @ (rows * randn(128, 512)))[None].bfloat16()
+    table = coefficient_table("jordan", 5)
+    expected = iterate_differentiable(X.double(), table, **options("frobenius", 0))
+    paired = iterate(X, table, **options("frobenius", 0), overwrite=False)
+    monkeypatch.setattr(_iteration, "_PAIRED", 100)
+    single = iterate(X, table, **options("frobenius", 0), overwrite=False)
+    assert not torch.equal(paired, single)
+    wrong, usual = (float((Y.double() - expected).norm() / expected.norm()) for Y in (paired, single))
+    assert wrong < 2 * usual and wrong < 0.08
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 90), (3, 90, 40), (20, 32, 64)], ids=str)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("lent", [1, 1 << 30])
+def test_fresh_and_lent_buffers_give_the_same(monkeypatch, shape, overwrite, lent):
+    monkeypatch.setattr(_iteration, "_LENT", lent)
+    X, table, workspace = randn(*shape), coefficient_table("jordan", 4), Workspace()
+    expected = iterate_differentiable(X, table, **options("frobenius", 2))
+    for _ in range(2):
+        given_ = X.clone()
+        result = iterate(given_, table, **options("frobenius", 2), overwrite=overwrite, workspace=workspace)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
+        assert overwrite or torch.equal(given_, X)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthokit.errors import OptionError, ParameterError, UnknownNameError
 from orthokit.linalg import polar
-from orthokit.optim import Muon, for_model, lr_ratio
+from orthokit.optim import Muon, _pieces, for_model, lr_ratio
 from orthokit.optim import muon as module
 
 
@@ -186,3 +186,57 @@ def test_copies_and_pickles_go_on_like_the_original():
 def test_options_out_of_range_are_refused(bad, error, words):
     with pytest.raises(error, match=words):
         Muon([nn.Parameter(randn(2, 3))], **bad)
+
+
+def test_tiny_matrices_take_float32_and_an_explicit_dtype_wins():
+    G = randn(16, 24, dtype=torch.float32)
+    options = {"lr": 1.0, "weight_decay": 0.0, "method": "polar_express", "ns_steps": 8, "polish": 4}
+    orthogonal = {}
+    for dtype in (None, torch.bfloat16, torch.float32):
+        moved = run(torch.zeros(16, 24), [G], ns_dtype=dtype, **options)
+        orthogonal[dtype] = float((moved.double() @ moved.double().T - torch.eye(16, dtype=torch.float64)).abs().max())
+    assert orthogonal[None] == orthogonal[torch.float32] < 1e-5 < orthogonal[torch.bfloat16]
+
+
+def test_a_kept_plan_follows_which_gradients_are_there_and_their_dtype():
+    params = [nn.Parameter(randn(6, 8, seed=i)) for i in range(3)]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    kept = Muon(params, lr=0.1)
+    for step, present in enumerate([(0, 1, 2), (1,), (0, 2), (0, 1, 2), (2,), (0, 1), (0, 1, 2)]):
+        fresh = Muon(twins, lr=0.1)
+        fresh.load_state_dict(copy.deepcopy(kept.state_dict()))
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad = randn(6, 8, seed=10 * step + i) if i in present else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        kept.step()
+        fresh.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    kept.load_state_dict(
+        copy.deepcopy(fresh.state_dict())
+    )  # new buffers: what is kept must not hold on to the old ones
+    for p, q in zip(params, twins, strict=True):
+        p.grad, q.grad = (randn(6, 8, seed=99) for _ in range(2))
+    kept.step()
+    fresh.step()
+    assert all(torch.equal(kept.state[p]["momentum_buffer"], fresh.state[q]["momentum_buffer"])
+               for p, q in zip(params, twins, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("columns", [1024, 70001])
+def test_passes_over_strips_are_passes_over_the_whole(monkeypatch, nesterov, columns):
+    def train() -> list[Tensor]:
+        params = [nn.Parameter(randn(2, columns, seed=i)) for i in range(2)]
+        params.append(nn.Parameter(randn(columns, 2, seed=2).T))  # strides that allow no strips
+        optimizer = Muon(params, lr=0.1, nesterov=nesterov)
+        for step in range(2):
+            for i, p in enumerate(params):
+                p.grad = torch.empty_like(p).copy_(randn(2, columns, seed=10 * step + i))
+            optimizer.step()
+        return [x for p in params for x in (p.detach(), optimizer.state[p]["momentum_buffer"])]
+
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(_pieces, "_STRIP", 1 << 30)
+    expected = train()
+    monkeypatch.setattr(_pieces, "_STRIP", 1000)
+    assert all(torch.equal(a, b) for a, b in zip(train(), expected, strict=True))

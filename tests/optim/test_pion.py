@@ -104,6 +104,38 @@ def test_every_option_follows_the_reference(options, shape):
     torch.testing.assert_close(found, reference(W, grads, **{"lr": 0.01, **options}), rtol=1e-10, atol=1e-14)
 
 
+LARGE = [{}, {"exp_order": 1}, {"exp_order": 4}, {"map": "cayley_neumann"}, {"sides": "alternate"}, {"sides": "out"},
+         {"momentum": "transported", "map": "cayley_neumann"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", LARGE, ids=str)
+@pytest.mark.parametrize("shape", [(72, 60), (48, 100)], ids=str)
+def test_matrices_taken_one_by_one_follow_the_reference(options, shape):
+    W, grads = STD * randn(*shape), gradients(*shape, steps=3)
+    batch = torch.stack([W, 2 * W]), [torch.stack([G, G.flip(0)]) for G in grads]
+    found, _ = train(W, grads, floor=0.0, lr=0.01, **options)
+    both, _ = train(*batch, floor=0.0, lr=0.01, **options)
+    expected = reference(W, grads, lr=0.01, **options)
+    # float64 against float64: the order of the sums differs, nothing else.
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(both[0], expected, rtol=1e-9, atol=1e-14)
+    second = reference(2 * W, [G.flip(0) for G in grads], lr=0.01, **options)
+    torch.testing.assert_close(both[1], second, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+def test_exact_cayley_rounds_the_change_not_the_weight(sides):
+    W, grads = STD * randn(48, 32, dtype=torch.float32), gradients(48, 32, steps=1)
+    options = {"lr": 1e-4, "sides": sides, "map": "cayley"}
+    found, _ = train(W, grads, dtype=torch.float32, **options)
+    change = reference(W.double(), [G.float().double() for G in grads], **options) - W
+    # Each side adds its change to the weight, which rounds it by at most half a unit in the last place; the change
+    # itself, 1e-3 of the weight, has the error of a float32 solve.
+    roundings = 2 if sides == "both" else 1
+    error = (found.double() - W - change).norm()
+    assert error < torch.finfo(torch.float32).eps * (roundings / 2 * W.norm() + 200 * change.norm())
+
+
 def test_float32_products_keep_the_change_to_rounding():
     W, grads = STD * randn(24, 16), gradients(24, 16, steps=5)
     found, _ = train(W.float(), grads, lr=0.01, dtype=torch.float32)
@@ -121,6 +153,10 @@ def test_bfloat16_products_round_the_change_not_the_weight():
     change = reference(W, grads, **options) - W
     # Five roundings of relative size 2^-9 each (weight, gradient, generator, two products), far below the change.
     assert (found.double() - W - change).norm() < 5 * 2**-9 * change.norm()
+    many, more = STD * randn(96, 64), gradients(96, 64, steps=1)  # large enough for its own products
+    found, _ = train(many.float(), more, dtype=torch.bfloat16, **options)
+    turned = reference(many, more, **options) - many
+    assert (found.double() - many - turned).norm() < 5 * 2**-9 * turned.norm()
     # With sqrt(v) of the first step every entry of the generator is a sign, and small ones may take the wrong one.
     found, _ = train(W.float(), grads, lr=0.01, dtype=torch.bfloat16)
     change = reference(W, grads, lr=0.01) - W

@@ -10,7 +10,7 @@ from orthokit.errors import OptionError, UnknownNameError
 from orthokit.linalg import cayley, cayley_neumann, exp_taylor, packed_size, polish_orthogonal
 from orthokit.linalg._workspace import Workspace
 from orthokit.optim import _pion_skew
-from orthokit.optim._pion_maps import cayley_turn, check_map, gram_coefficients, map_coefficients
+from orthokit.optim._pion_maps import cayley_change, check_map, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, unfold
 from orthokit.optim._pion_state import fine_weight, split_weight
 
@@ -70,10 +70,10 @@ def test_gram_coefficients_show_the_order_of_the_error():
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_cayley_turn_is_the_product_with_the_transform(side):
+def test_cayley_change_is_that_of_the_product_with_the_transform(side):
     W, Q = randn(2, 5, 5), skew(2, 5, 5, seed=1)
     expected = W @ cayley(Q) if side == "in" else cayley(Q) @ W
-    torch.testing.assert_close(cayley_turn(W, Q, side), expected)
+    torch.testing.assert_close(W + cayley_change(W, Q, side), expected)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -269,6 +270,38 @@ def test_zero_grad_and_closure_serve_both_parts():
     assert calls == [True]
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_report_is_that_of_the_parts_and_says_whose(name):
+    model = Net()
+    optimizer = for_model(model, name, lr=0.01)
+    with pytest.raises(ParameterError, match="gradient"):
+        optimizer.report()
+    backward(model)
+    optimizer.step()
+    options = {"time": False} if name == "muon" else {}  # what is timed differs from call to call
+    frame = optimizer.report(**options)
+    assert list(frame.columns[:2]) == ["matrix", "optimizer"]
+    assert set(frame["optimizer"]) == {OPTIMIZERS[name].__name__}
+    routed = optimizer.routing
+    assert list(frame["matrix"]) == list(routed["name"][routed["optimizer"] == OPTIMIZERS[name].__name__])
+    pd.testing.assert_frame_equal(frame.drop(columns="optimizer"), optimizer.matrix.report(**options))
+
+
+def test_reports_of_several_parts_stand_under_each_other_and_none_is_said():
+    class Plain(Muon):
+        report = None
+
+    model = Net()
+    optimizer = for_model(model, lr=0.01)
+    backward(model)
+    optimizer.step()
+    once = optimizer.report(time=False)
+    optimizer.parts = [*optimizer.parts, optimizer.matrix]
+    assert list(optimizer.report(time=False)["matrix"]) == [*once["matrix"], *once["matrix"]]
+    with pytest.raises(ParameterError, match="Plain and AdamW make no report"):
+        for_model(Net(), Plain, lr=0.01).report()
 
 
 def test_no_further_groups():

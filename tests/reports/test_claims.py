@@ -1,6 +1,7 @@
 """Verdicts follow from intervals; metrics survive the way to disk and back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from orthokit.errors import NonFiniteError, OptionError, ReportError
 from orthokit.reports.claims import Claim, Ledger, decide, read_metrics, record_metrics
+from orthokit.reports.ledger import Entry, as_text
 
 ENDS = st.tuples(st.floats(-10, 10), st.floats(-10, 10)).map(sorted).map(tuple)
 
@@ -101,6 +103,16 @@ def test_the_ledger_table_escapes_and_says_verdicts_in_words():
     assert "fails (live)" in shown
     assert "−1.5 bits" in shown
     assert "No claims" in Ledger([])._repr_html_()
+
+
+def test_a_claim_says_what_was_expected_only_where_something_was():
+    expected = Claim("a", "It is two.", measured=2.0, predicted=2, verdict="holds")._repr_markdown_()
+    assert expected == "*holds:* It is two. Measured 2; expected 2."
+    assert Claim("a", "It is two.", measured=2.0, predicted=0)._repr_markdown_().endswith("expected 0.")
+    unexpected = Claim("a", "It is two.", measured=2.0, verdict="holds")
+    assert unexpected._repr_markdown_() == "*holds:* It is two. Measured 2."
+    text = as_text([Entry("01_a", unexpected), Entry("01_a", replace(unexpected, predicted=0))])
+    assert "measured 2; live" in text and "measured 2; predicted 0; live" in text
 
 
 def test_the_file_is_json_for_anybody(tmp_path):

@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 from orthokit.lab.models import TinyGPT
+from orthokit.studies import drift_curves, load_evidence
+from orthokit.studies._engine import run_study
 from orthokit.studies.pion import (
+    PION_DRIFT,
+    PION_DRIFT_VARIANTS,
     PION_RIVALS,
     compare_geometries,
+    drift_histories,
     drift_history,
     gradient_split,
     rivals_without_norms,
@@ -57,6 +62,46 @@ def test_drift_is_read_with_its_causes():
     assert (frame["truncation"].diff().dropna() > 0).all() and (frame["angle"] > 0).all()
     exact = drift_history({"map": "cayley", "dtype": torch.float32}, lr=5e-3, steps=4, readings=1, shape=(12, 8))
     assert (exact["truncation"] == 0).all()
+
+
+def test_seeds_side_by_side_are_what_they_are_alone():
+    toy = {"lr": 5e-3, "steps": 6, "readings": 2, "shape": (10, 12)}
+    both = drift_histories({"dtype": torch.float32}, seeds=[3, 5], **toy)
+    alone = drift_history({"dtype": torch.float32}, seed=5, **toy)
+    assert list(both["seed"]) == [3, 5, 3, 5]
+    for column in ("drift", "truncation", "angle"):
+        # Products of a batch may sum in another order.
+        assert list(both.loc[both["seed"] == 5, column]) == pytest.approx(list(alone[column]), rel=0.05, abs=2e-7)
+
+
+def test_the_drift_study_runs_at_smoke_size(tmp_path):
+    import pandas as pd
+
+    folder = run_study(PION_DRIFT, out=tmp_path, size="smoke", seeds=2, progress=False)
+    table = pd.read_csv(folder / "results.csv")
+    curves = drift_curves(table)
+    assert curves.keys() == PION_DRIFT_VARIANTS.keys()
+    assert all(len(values) == 2 and len(values[0]) == len(steps) for steps, values in curves.values())
+
+
+def test_the_recorded_drift_has_every_variant_and_float32_within_a_hundred_thousandth():
+    table, record = load_evidence("pion_drift")
+    ends = table[table["step"] == 10_000]
+    assert record["size"] == "full" and set(ends["variant"]) == set(PION_DRIFT_VARIANTS)
+    assert (ends.groupby("variant")["seed"].nunique() == record["seeds"]).all() and record["seeds"] >= 5
+    worst = ends.groupby("variant")["drift"].max()
+    assert worst["Cayley-Neumann"] <= 1e-5 and worst["exact Cayley"] <= 1e-5
+    assert worst["order 2 (published)"] > 1e-3  # what the published series does
+    assert worst["order 2, restored"] < 0.05 * worst["order 2 (published)"]
+    # The cause: cutting the series where float64 drifts just as far, rounding where the map is exact.
+    size = ends.groupby("variant")[["truncation", "rounding"]].agg(lambda values: values.abs().mean())
+    for variant in ("order 2 (published)", "order 2, all in float64"):
+        assert size.loc[variant, "rounding"] < 1e-3 * size.loc[variant, "truncation"]
+    assert (
+        size.loc["Cayley-Neumann, bf16 products", "truncation"]
+        < 0.1 * size.loc["Cayley-Neumann, bf16 products", "rounding"]
+    )
+    assert (ends.loc[ends["variant"] == "exact Cayley", "truncation"] == 0).all()
 
 
 def test_geometries_share_their_seeds():

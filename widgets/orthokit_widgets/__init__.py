@@ -14,11 +14,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orthokit_widgets.adapters_view import AdaptersPage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.race_view import RacePage
     from orthokit_widgets.training_view import TrainingPage
 
-__all__ = ["momentum_page", "notebook", "race_page", "training_page"]
+__all__ = ["adapters_page", "momentum_page", "notebook", "race_page", "training_page"]
 
 
 def notebook() -> None:
@@ -26,6 +27,29 @@ def notebook() -> None:
     import panel as pn
 
     pn.extension("plotly", inline=True)
+
+
+def adapters_page(**settings: Any) -> AdaptersPage:
+    """The page "Adapters": an adapter on a real weight, how orthogonal it is and what it keeps.
+
+    Args:
+        **settings: Where to start: ``matrix``, ``adapter``, ``angle``, ``picture``, ``seed``, ``block_size``,
+            ``factors``, ``rank``, ``map``, ``terms``, ``series``.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = adapters_page(adapter="oft", angle=0.5)
+        >>> page.state.snapshot()["values"]["spectrum"] < 1e-6
+        True
+    """
+    from orthokit_widgets.adapters_view import AdaptersPage
+
+    return AdaptersPage(**settings)
 
 
 def momentum_page(**settings: Any) -> MomentumPage:

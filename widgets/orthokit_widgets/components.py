@@ -96,10 +96,10 @@ class Chart(Part):
 
 
 class Message(Part):
-    """A sentence that is announced when it changes: ``role="status"`` politely, ``role="alert"`` at once."""
+    """A sentence, announced when it changes: a status politely, an alert at once, a note not at all."""
 
     text = param.String("", doc="What to say; nothing is shown when empty.")
-    role = param.Selector(default="status", objects=["status", "alert"], constant=True)
+    role = param.Selector(default="status", objects=["status", "alert", "note"], constant=True)
 
     _esm = _read("message.js")
     _stylesheets = stylesheets("message.css")

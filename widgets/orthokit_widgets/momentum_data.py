@@ -31,8 +31,8 @@ __all__ = [
     "Curves",
     "Stream",
     "draw",
+    "factored_alignment",
     "filter_curves",
-    "polar_alignment",
     "post_curve",
     "signal",
 ]
@@ -125,7 +125,7 @@ def signal(size: int, rank: int) -> SignalPlusPerturbation:
     return SignalPlusPerturbation((size, size), strengths=published_strengths(rank))
 
 
-def polar_alignment(U: Tensor, V: Tensor, truth: SignalPlusPerturbation) -> Tensor:
+def factored_alignment(U: Tensor, V: Tensor, truth: SignalPlusPerturbation) -> Tensor:
     """Alignment of ``U V^T`` with the signal, from its singular vectors: ``sum lambda_k u_k' U V' v_k``."""
     strengths = torch.tensor(truth.strengths).to(U)
     cosines = torch.einsum("mk,...mj,...jn,nk->...k", truth.U, U, V, truth.V)
@@ -145,7 +145,7 @@ def filter_curves(stream: Stream, truth: SignalPlusPerturbation, sigma: float) -
     """
     rank = len(truth.strengths)
     U, s, V = torch.linalg.svd(stream.momentum(CURVE, truth.signal, sigma), full_matrices=False)
-    aligned = polar_alignment(U, V, truth).double().numpy()
+    aligned = factored_alignment(U, V, truth).double().numpy()
     gap = (s[:, rank - 1] - s[:, rank]).double().numpy()
     # At beta = 0 the buffer is the last gradient.
     return Curves(gap=gap, pre=aligned, none=float(aligned[0]), top=float(s.max()))

@@ -25,8 +25,8 @@ from orthokit_widgets.momentum_data import (
     Curves,
     Stream,
     draw,
+    factored_alignment,
     filter_curves,
-    polar_alignment,
     post_curve,
     signal,
 )
@@ -167,7 +167,7 @@ class MomentumState(Settings):
             ),
         }
         aligned = {
-            "pre": float(polar_alignment(U, V, truth)),
+            "pre": float(factored_alignment(U, V, truth)),
             "post": None if post is None else float(post[at]),
             "none": curves.none,
         }

@@ -8,9 +8,10 @@ import panel as pn
 
 from orthokit.studies import tuned_rates
 from orthokit_widgets.components import Chart, Facts, Form
-from orthokit_widgets.fields import describe, read
-from orthokit_widgets.page import Page, columns
+from orthokit_widgets.fields import describe
+from orthokit_widgets.page import columns
 from orthokit_widgets.race_state import RATES, RaceState
+from orthokit_widgets.run_page import RunPage
 
 __all__ = ["RacePage"]
 
@@ -30,7 +31,7 @@ _TITLES = {
 }
 
 
-class RacePage(Page[RaceState]):
+class RacePage(RunPage[RaceState]):
     """The page as a Panel object: serve it, or show it in a notebook cell.
 
     Args:
@@ -46,7 +47,6 @@ class RacePage(Page[RaceState]):
         self.facts = Facts()
         self.charts = {name: Chart(plot_height=height) for name, height in _HEIGHTS.items()}
         self.rates = Form(heard=self._heard, label="Learning rates, over the tuned ones")
-        self.view = Form(heard=self._viewed, label="What the charts show", fields=describe(state.view))
         self._was = ""
         super().__init__(state, title="Optimizer race", explanation=_EXPLANATION, links=links)
         self.form.fields = [field for field in describe(state) if field["name"] not in RATES]
@@ -73,7 +73,7 @@ class RacePage(Page[RaceState]):
         found = state.snapshot()
         if found["status"] != self._was:
             self._was = found["status"]
-            self.form.actions = self._actions()
+            self.form.actions = self.actions()
             locked = list(state.SETTINGS) if state.active else []
             self.form.disabled, self.rates.disabled = locked, locked
         for name, chart in self.charts.items():
@@ -82,7 +82,7 @@ class RacePage(Page[RaceState]):
         self.facts.items = [_fact(lane) for lane in found["lanes"]]
         self.status.text = found["sentence"]
         self._told = found["problems"]
-        self._show_view()
+        self.show_view()
         self.rates.values = state.values()
         self.hurry = found["status"] in ("preparing", "stopping")
         return going or state.active
@@ -95,29 +95,6 @@ class RacePage(Page[RaceState]):
         """Other rivals, or another task, have other learning rates."""
         if name in ("racers", "track"):
             self._show_rates()
-
-    def acted(self, message: dict[str, Any]) -> None:
-        """Start, pause, go on, stop."""
-        state = self.state
-        presses = {"start": state.start, "pause": lambda: state.pause(state.status != "paused"), "stop": state.stop}
-        press = presses.get(str(message.get("action")))
-        if press is not None:
-            press()
-
-    def close(self) -> None:
-        """A closed page races no further."""
-        super().close()
-        self.state.close()
-
-    def _actions(self) -> list[dict[str, Any]]:
-        active = self.state.active
-        again = "Resume" if self.state.status == "paused" else "Pause"
-        ending = self.state.status == "stopping"
-        return [
-            {"name": "start", "label": "Start", "primary": not active, "disabled": active},
-            {"name": "pause", "label": again, "primary": again == "Resume", "disabled": not active or ending},
-            {"name": "stop", "label": "Stop", "primary": False, "disabled": not active or ending},
-        ]
 
     def _why(self) -> str:
         """What an empty chart says."""
@@ -133,18 +110,6 @@ class RacePage(Page[RaceState]):
                 fields.append(field | {"label": f"{field['label']} × {tuned[name]:g}"})
         self.rates.fields = fields
         self.rates.values = self.state.values()
-
-    def _viewed(self, message: dict[str, Any]) -> None:
-        if "set" in message:
-            name = str(message["set"])
-            setattr(self.state.view, name, read(self.state.view, name, message.get("value")))
-        self.repaint()
-
-    def _show_view(self) -> None:
-        fields = describe(self.state.view)
-        if fields != self.view.fields:
-            self.view.fields = fields
-        self.view.values = self.state.view.values()
 
 
 def _fact(lane: dict[str, Any]) -> dict[str, str]:

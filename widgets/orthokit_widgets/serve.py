@@ -21,6 +21,7 @@ _ABOUT = {
     "momentum": "Pull momentum, noise and rank; see the singular values part into signal and noise.",
     "training": "Start, pause and stop a small training; watch its loss, spectra, gap and energy.",
     "race": "Let several optimizers train side by side; watch loss, spectra and drift, per step or per second.",
+    "adapters": "Put OFT, BOFT, HRA or LoRA on real weights; see what stays and how orthogonal the rotation is.",
 }
 
 
@@ -44,6 +45,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     from tornado.web import RequestHandler
 
     from orthokit.lab.runs import runs_root
+    from orthokit_widgets.adapters_view import AdaptersPage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.page import PAGES
     from orthokit_widgets.race_view import RacePage
@@ -63,6 +65,10 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     def race() -> Any:
         pn.extension("plotly")
         return RacePage(links=True)
+
+    def adapters() -> Any:
+        pn.extension("plotly")
+        return AdaptersPage(links=True)
 
     links = "".join(f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items())
     template = Template((Path(__file__).parent / "assets" / "index.html").read_text(encoding="utf-8"))
@@ -86,7 +92,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         "websocket_origin": [f"{host}:{port}" for host in hosts],
         "use_index": False,
     }
-    pages: Any = {"momentum": momentum, "training": training, "race": race}
+    pages: Any = {"momentum": momentum, "training": training, "race": race, "adapters": adapters}
     server = get_server(pages, port=port, **options)
     if port == 0:
         # The origins have to name the port that the system chose.

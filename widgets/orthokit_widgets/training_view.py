@@ -7,9 +7,10 @@ from typing import Any
 
 import panel as pn
 
-from orthokit_widgets.components import Chart, Facts, Form, RunTable
-from orthokit_widgets.fields import describe, read
-from orthokit_widgets.page import Page, columns
+from orthokit_widgets.components import Chart, Facts, RunTable
+from orthokit_widgets.fields import describe
+from orthokit_widgets.page import columns
+from orthokit_widgets.run_page import RunPage
 from orthokit_widgets.training_state import TrainingState
 
 __all__ = ["TrainingPage"]
@@ -31,7 +32,7 @@ _TITLES = {
 }
 
 
-class TrainingPage(Page[TrainingState]):
+class TrainingPage(RunPage[TrainingState]):
     """The page as a Panel object: serve it, or show it in a notebook cell.
 
     Args:
@@ -48,7 +49,6 @@ class TrainingPage(Page[TrainingState]):
         self.facts = Facts()
         self.charts = {name: Chart(plot_height=222) for name in _TITLES}
         self.table = RunTable(heard=self._heard, folder=str(state.root))
-        self.view = Form(heard=self._viewed, label="What the charts show", fields=describe(state.view))
         self._was = ""
         super().__init__(state, title="Live training", explanation=_EXPLANATION, links=links)
         state.reread()
@@ -78,7 +78,7 @@ class TrainingPage(Page[TrainingState]):
             if found["status"] in ("running", "finished", "stopped", "failed"):
                 state.reread()
             self._was = found["status"]
-            self.form.actions = self._actions()
+            self.form.actions = self.actions()
             self.form.disabled = list(state.SETTINGS) if state.active else self._idle()
         for name, chart in self.charts.items():
             chart.show(
@@ -87,7 +87,7 @@ class TrainingPage(Page[TrainingState]):
         self.facts.items = _facts(found, state)
         self.status.text = "\n".join([found["sentence"], *_said(found["notes"])])
         self.table.rows = found["rows"]
-        self._show_view()
+        self.show_view()
         self.hurry = found["status"] in ("preparing", "stopping")
         return going or state.active or state.worker.job is not None
 
@@ -105,39 +105,17 @@ class TrainingPage(Page[TrainingState]):
             self.form.disabled = self._idle()
 
     def acted(self, message: dict[str, Any]) -> None:
-        """Start, pause, go on, stop, draw a run, list the folder again."""
-        state = self.state
+        """Draw a run, list the folder again, or what every run is told."""
         if "draw" in message:
-            state.draw(str(message["draw"]), bool(message.get("on")))
-            return
-        presses = {
-            "start": state.start,
-            "pause": lambda: state.pause(state.status != "paused"),
-            "stop": state.stop,
-            "reread": state.reread,
-        }
-        press = presses.get(str(message.get("action")))
-        if press is not None:
-            press()
-
-    def close(self) -> None:
-        """A closed page trains no further."""
-        super().close()
-        self.state.close()
+            self.state.draw(str(message["draw"]), bool(message.get("on")))
+        elif message.get("action") == "reread":
+            self.state.reread()
+        else:
+            super().acted(message)
 
     def _idle(self) -> list[str]:
         """Settings without effect as the others are."""
         return ["order"] if self.state.optimizer == "adamw" else []
-
-    def _actions(self) -> list[dict[str, Any]]:
-        active = self.state.active
-        again = "Resume" if self.state.status == "paused" else "Pause"
-        ending = self.state.status == "stopping"
-        return [
-            {"name": "start", "label": "Start", "primary": not active, "disabled": active},
-            {"name": "pause", "label": again, "primary": again == "Resume", "disabled": not active or ending},
-            {"name": "stop", "label": "Stop", "primary": False, "disabled": not active or ending},
-        ]
 
     def _why(self, chart: str) -> str:
         """What an empty chart says."""
@@ -148,18 +126,6 @@ class TrainingPage(Page[TrainingState]):
         if chart == "gap" and state.active and (state.order, state.optimizer) == ("none", "muon"):
             return "The order none keeps no momentum."
         return measured.strip() or "Nothing recorded yet."
-
-    def _viewed(self, message: dict[str, Any]) -> None:
-        if "set" in message:
-            name = str(message["set"])
-            setattr(self.state.view, name, read(self.state.view, name, message.get("value")))
-        self.repaint()
-
-    def _show_view(self) -> None:
-        fields = describe(self.state.view)
-        if fields != self.view.fields:
-            self.view.fields = fields
-        self.view.values = self.state.view.values()
 
 
 def _said(notes: list[str]) -> list[str]:

@@ -1,0 +1,138 @@
+"""What Muon's step is made of: the blocks of the parameters as rows of a work list, and passes over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthokit.device import fast_matmul_dtype
+from orthokit.matrices import MatrixBlock
+
+__all__ = ["Chunk", "Piece", "Plan", "decay", "iteration_dtype", "iteration_options", "like", "strips", "write_back"]
+
+# Up to m m n with m the shorter side, the kernels of half precision cost more than the work: float32 is three times as
+# fast for one matrix, and for a stack of many between as fast and half slower.
+_TINY = 1 << 17
+# Entries that several passes go over before the next ones are touched: a few tensors of them fit in a core's cache.
+_STRIP = 1 << 16
+
+
+class Piece(NamedTuple):
+    """One block of one parameter: what a row of the work list is."""
+
+    parameter: Tensor
+    block: MatrixBlock
+
+    @property
+    def plain(self) -> bool:
+        """Whether the block is the parameter itself: a matrix as it is."""
+        return self.parameter.ndim == 2 and not self.block.layout.steps
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This block of a tensor shaped like the parameter, ``(matrices, out, in)``; a view if there is one."""
+        if self.plain:
+            return tensor.unsqueeze(0)  # the common case, at a tenth of the cost of the general one
+        return self.block.read(tensor).reshape(-1, *self.block.shape[-2:])
+
+    @property
+    def gradient(self) -> Tensor:
+        """The parameter's gradient, which is there."""
+        return self.parameter.grad  # pyright: ignore[reportReturnType]
+
+
+class Chunk(list[Piece]):
+    """Pieces of one shape that go through the iteration together."""
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every block is a whole matrix, so that nothing needs to be cut out of its parameter."""
+        return all(piece.plain for piece in self)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many matrices each piece holds."""
+        return [piece.block.count for piece in self]
+
+    def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The blocks of tensors shaped like the parameters: ``(out, in)`` if all are plain, else with a batch."""
+        return list(tensors) if self.plain else [piece.of(x) for piece, x in zip(self, tensors, strict=True)]
+
+    def split(self, stack: Tensor) -> list[Tensor]:
+        """A stack ``(matrices, out, in)`` piece by piece, in the shapes of :meth:`of`."""
+        return list(stack.unbind() if self.plain else stack.split(self.counts))
+
+
+class Plan(NamedTuple):
+    """The work list of one step."""
+
+    chunks: list[Chunk]
+    apart: list[Tensor]
+    """Parameters that are cut into blocks, whose buffers move as a whole."""
+
+
+def like(tensor: Tensor, memory: Tensor) -> Tensor:
+    """The beginning of a flat ``memory`` in the shape of a tensor that is no larger."""
+    return memory[: tensor.numel()].view(tensor.shape)
+
+
+def strips(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, together a part at a time, so that a second pass over a part finds it in the cache."""
+    if tensors[0].device.type != "cpu" or not all(x.is_contiguous() for x in tensors):
+        return iter([tensors])
+    return zip(*(x.view(-1).split(_STRIP) for x in tensors), strict=True)
+
+
+def iteration_options(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group as :func:`orthokit.linalg.orthogonalize` names them."""
+    return {
+        "method": group["method"],
+        "steps": group["ns_steps"],
+        "polish": group["polish"],
+        "coefficients": group["ns_coefficients"] if group["method"] == "newton_schulz" else None,
+        "scaling": group["scaling"],
+        "eps": group["eps"],
+    }
+
+
+def iteration_dtype(x: Tensor, shape: Sequence[int], group: dict[str, Any]) -> torch.dtype:
+    """The dtype of the products for matrices ``(..., out, in)`` of an input like ``x``.
+
+    Nothing but the shape of one matrix and what processes have agreed on decides, so that all of them decide alike.
+    """
+    # The exact factor of rounded input would not be exact, and half precision has no complex form.
+    if x.is_complex() or group["method"] == "svd":
+        return x.dtype
+    if group["ns_dtype"] is not None:
+        return group["ns_dtype"]
+    if x.dtype == torch.float64:
+        return x.dtype
+    rows, columns = shape[-2:]
+    if min(rows, columns) * rows * columns <= _TINY:
+        return torch.float32
+    return group.get("agreed_dtype") or fast_matmul_dtype(x.device)
+
+
+def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:
+    """Shrink the weights in place: all entries, or with ``"cautious"`` those that the step makes smaller as well."""
+    if not rate:
+        return
+    if rule == "decoupled":
+        torch._foreach_mul_(weights, 1 - rate)
+        return
+    for weight, direction in zip(weights, directions, strict=True):
+        shrinking = (weight * direction.conj()).real > 0
+        weight.sub_(weight * shrinking, alpha=rate)
+
+
+def write_back(chunk: Chunk, values: list[Tensor], tensors: list[Tensor] | None = None) -> None:
+    """Strides that allow no view gave a copy; its values go back to the parameter (or to ``tensors``)."""
+    if chunk.plain:
+        return
+    for i, (piece, value) in enumerate(zip(chunk, values, strict=True)):
+        target = piece.parameter if tensors is None else tensors[i]
+        if value.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
+            piece.block.write(target, value.view(piece.block.shape))
