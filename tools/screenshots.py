@@ -55,7 +55,15 @@ def race(page: Page) -> None:
     page.screenshot(path=DOCS / "race.png", full_page=True)
 
 
-PAGES = {"momentum": momentum, "race": race}
+def adapters(page: Page) -> None:
+    """A short series at an angle where it shows."""
+    page.goto(f"http://127.0.0.1:{PORT}/adapters?map=cayley_neumann&angle=0.5")
+    page.get_by_text("Up to date").wait_for()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=DOCS / "adapters.png", full_page=True)
+
+
+PAGES = {"momentum": momentum, "race": race, "adapters": adapters}
 
 
 def main() -> None:
@@ -81,7 +89,7 @@ def main() -> None:
             browser.close()
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from orthokit.adapters.quantized import dense_product, plain_linear
 from orthokit.adapters.sites import KINDS, Kind
 from orthokit.errors import ParameterError
 
-__all__ = ["Linear4bitKind", "Linear8bitKind", "TorchaoKind"]
+__all__ = []
 
 _INT8 = 127
 
@@ -44,7 +44,7 @@ class _ForeignKind(Kind):
         return plain_linear(layer, weight)
 
 
-class Linear4bitKind(_ForeignKind):
+class _Linear4bitKind(_ForeignKind):
     """``bitsandbytes.nn.Linear4bit``; the type of merged layers is the one that its weight had before."""
 
     name = "quantized_bnb_4bit"
@@ -64,7 +64,7 @@ class Linear4bitKind(_ForeignKind):
         return import_module("bitsandbytes.functional").dequantize_4bit(layer.weight.data, state).to(dtype)
 
 
-class Linear8bitKind(_ForeignKind):
+class _Linear8bitKind(_ForeignKind):
     """``bitsandbytes.nn.Linear8bitLt``: a scale per row, and outliers in 16 bits as its threshold says.
 
     It does not record the type that its weight had: merged layers have that of the bias, else float16 on a GPU and
@@ -94,7 +94,7 @@ class Linear8bitKind(_ForeignKind):
         return (codes.to(torch.float32) * (scale.to(torch.float32) / _INT8)[:, None]).to(dtype)
 
 
-class TorchaoKind(_ForeignKind):
+class _TorchaoKind(_ForeignKind):
     """``nn.Linear`` with one of torchao's tensors for a weight.
 
     Some of these have no gradient for their inputs (those that quantise activations), others keep a dense weight for
@@ -153,5 +153,5 @@ class _StraightThrough(torch.autograd.Function):
         return dx, db, None
 
 
-KINDS.insert(0, TorchaoKind())
-KINDS.extend([Linear4bitKind(), Linear8bitKind()])
+KINDS.insert(0, _TorchaoKind())
+KINDS.extend([_Linear4bitKind(), _Linear8bitKind()])

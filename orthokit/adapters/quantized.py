@@ -20,7 +20,7 @@ from orthokit.errors import DtypeError, NonFiniteError, ParameterError, ShapeErr
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["QuantizedKind", "QuantizedLinear", "quantize_linears", "requantize"]
+__all__ = ["QuantizedLinear", "quantize_linears", "requantize"]
 
 
 class QuantizedLinear(nn.Module):
@@ -144,7 +144,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {scheme}"
 
 
-class QuantizedKind(Kind):
+class _QuantizedKind(Kind):
     """:class:`QuantizedLinear` as a place for adapters."""
 
     name = "quantized_linear"
@@ -186,7 +186,7 @@ def plain_linear(layer: Any, weight: Tensor) -> nn.Linear:
     return linear
 
 
-KINDS.append(QuantizedKind())
+KINDS.append(_QuantizedKind())
 
 
 def quantize_linears(

@@ -112,7 +112,7 @@ class Kind:
         return copy.deepcopy(layer, {id(layer.weight): nn.Parameter(weight)})
 
 
-class TransposedKind(Kind):
+class _TransposedKind(Kind):
     """GPT-2's ``Conv1D``, which is a linear layer with its weight stored ``(in, out)``."""
 
     name = "conv1d_transposed"
@@ -136,7 +136,7 @@ class TransposedKind(Kind):
         return F.linear(x, (layer.weight if weight is None else weight).mT, layer.bias if bias else None)
 
 
-class ConvKind(Kind):
+class _ConvKind(Kind):
     """``nn.Conv1d`` to ``nn.Conv3d``: a matrix for every place of the kernel, or one for whole patches."""
 
     name = "conv"
@@ -182,7 +182,7 @@ class ConvKind(Kind):
         return layer._conv_forward(x, layer.weight if weight is None else weight, layer.bias if bias else None)
 
 
-class EmbeddingKind(Kind):
+class _EmbeddingKind(Kind):
     """``nn.Embedding``: looked-up rows are turned; the matrix is (words, width)."""
 
     name = "embedding"
@@ -194,7 +194,7 @@ class EmbeddingKind(Kind):
         return layer.num_embeddings, layer.embedding_dim
 
 
-KINDS: list[Kind] = [Kind(), TransposedKind(), ConvKind(), EmbeddingKind()]
+KINDS: list[Kind] = [Kind(), _TransposedKind(), _ConvKind(), _EmbeddingKind()]
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

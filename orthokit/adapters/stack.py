@@ -41,6 +41,8 @@ def stacked_layers(model: nn.Module, name: str | None = None) -> dict[str, Adapt
         ParameterError: There is none.
     """
     layers = {path: layer for path, layer in adapted_layers(model).items() if isinstance(layer, AdaptedLayer)}
+    if not layers:
+        raise ParameterError(f"{type(model).__name__} has no adapter but POET's, which stands alone in its layers.")
     found = {path: layer for path, layer in layers.items() if name is None or name in layer.adapters}
     if not found:
         there = sorted({one for layer in layers.values() for one in layer.adapters})

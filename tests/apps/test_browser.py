@@ -93,6 +93,16 @@ def test_an_address_brings_its_settings_back(watched: Any, server: str) -> None:
         ("training", "?model=cnn&data=addresses", "Data must be one of fashion, digits; got 'addresses'"),
         ("training", "?optimizer=<b>x</b>", "Optimizer must be one of muon, adamw; got '<b>x</b>'"),
         ("race", "?racers=adamw,<b>x</b>", "Optimizers must be one or more of adamw, sgd, lion"),
+        (
+            "adapters",
+            "?angle=9",
+            "Largest angle, rad must be a number from 0.001 to 3; got 9. The default 0.3",
+        ),
+        (
+            "adapters",
+            "?matrix=tinygpt/0.mlp.down",
+            "block_size must divide the 344 inputs of '0.mlp.down'; 32",
+        ),
         ("race", "?rate_sgd=99&track=cnn", "SGD must be a number from 0.03125 to 32; got 99. The default 1.0 is used."),
     ],
 )
@@ -212,7 +222,7 @@ def test_a_race_is_chosen_started_paused_and_stopped(watched: Any, server: str) 
     expect(start).to_be_enabled()
 
 
-@pytest.mark.parametrize("page", ["momentum", "training", "race"])
+@pytest.mark.parametrize("page", ["momentum", "training", "race", "adapters"])
 def test_every_control_has_a_name_and_every_page_its_landmarks(watched: Any, server: str, page: str) -> None:
     watched.goto(server + page)
     watched.get_by_role("heading", level=1).wait_for()
@@ -223,7 +233,7 @@ def test_every_control_has_a_name_and_every_page_its_landmarks(watched: Any, ser
             assert re.match(rf'- {role} "[^"]+"', snapshot), snapshot
     assert watched.get_by_role("status").count() == 1
     assert watched.get_by_role("alert", include_hidden=True).count() == 1
-    assert watched.get_by_role("navigation", name="Pages").get_by_role("link").count() == 3
+    assert watched.get_by_role("navigation", name="Pages").get_by_role("link").count() == 4
     assert watched.locator("html").get_attribute("lang") == "en"
 
 
@@ -257,7 +267,7 @@ def test_two_sessions_do_not_see_each_other(watched: Any, browser: Any, server: 
 
 
 @pytest.mark.parametrize("width", [760, 1280, 1400])
-@pytest.mark.parametrize("page", ["momentum", "training", "race"])
+@pytest.mark.parametrize("page", ["momentum", "training", "race", "adapters"])
 def test_nothing_sticks_out_at_the_width_of_a_laptop_or_half_of_it(
     watched: Any, server: str, page: str, width: int
 ) -> None:

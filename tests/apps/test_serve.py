@@ -15,6 +15,7 @@ from typing import Any
 import orthokit_widgets
 import pytest
 from orthokit_widgets import _charts, serve
+from orthokit_widgets.page import PAGES
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
@@ -97,7 +98,7 @@ def get(url: str) -> str:
 def test_the_index_leads_to_all_pages_and_each_is_whole(server: str, runs_folder: Path) -> None:
     index = get(server)
     assert str(runs_folder) in index
-    for page, title in (("momentum", "Momentum gap"), ("training", "Live training"), ("race", "Optimizer race")):
+    for title, page in PAGES.items():
         assert f'href="{page}"' in index
         html = get(server + page)
         assert f"<title>{title} · orthokit</title>" in html

@@ -23,7 +23,7 @@ def test_without_a_rotation_there_is_no_marker_and_no_line_at_an_angle():
     figure = error_at_angle([0.1, 1.0], LAWS, floor=1e-7, span=(1e-9, 10))
     assert figure["layout"]["shapes"] == []
     assert [trace["name"] for trace in figure["data"]] == ["k = 2", "k = 3", "rounding"]
-    assert figure["layout"]["meta"]["caption"].startswith("There is no rotation. Laws at an angle of 1: k = 2: 0.001")
+    assert figure["layout"]["meta"]["caption"].startswith("There is no rotation here")
     assert figure["layout"]["yaxis"]["range"] == [-9, 1]
 
 
@@ -57,6 +57,13 @@ def test_a_long_spectrum_is_thinned_to_its_ends_and_read_from_all_values():
         assert len(trace["x"]) == 128
         assert (trace["x"][0], trace["x"][-1]) == (1, 1001)
     assert figure["layout"]["meta"]["caption"].endswith("turned 0 and added 0.2.")
+
+
+def test_a_change_of_the_size_of_rounding_is_called_that():
+    figure = spectrum_before_after([2.0, 1.0], {"turned": [2.0, 1.0 + 1e-15], "kept": [2.0, 1.0]})
+    assert figure["layout"]["meta"]["caption"].endswith("turned rounding and kept 0.")
+    figure = pair_angles([90.0], {"turned": [90.0 + 1e-13]})
+    assert figure["layout"]["meta"]["caption"].endswith("turned rounding.")
 
 
 def test_spectra_of_other_lengths_and_zero_matrices_are_refused():

@@ -255,6 +255,8 @@ def test_the_hash_of_a_unit_covers_what_its_adapter_imports(name):
     needed, todo = set(), own
     while todo:
         path = todo.pop()
+        if path.name == "_initialise.py":  # adapters take its generators alone, POET the rest
+            continue
         new = _imports(path, root) - needed - apart
         needed |= new
         todo += new

@@ -152,17 +152,16 @@ def catalogue() -> dict[str, str]:
 
 
 def _shapes(weights: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes; none if the package with the weights is not installed."""
+    """Names and shapes; none if the package with the weights is not installed, or broken."""
     if weights == "tinygpt-addresses":
         return {name: tuple(tensor.shape) for name, tensor in pretrained_weights(weights).items()}
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     try:
-        path = sentence_files() / "model.safetensors"
-    except MissingExtraError:
+        with safe_open(sentence_files() / "model.safetensors", framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (MissingExtraError, OSError, SafetensorError):
         return {}
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def weight(name: str) -> Weight:

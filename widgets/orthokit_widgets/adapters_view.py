@@ -14,12 +14,10 @@ from orthokit_widgets.page import Page, columns
 __all__ = ["AdaptersPage"]
 
 _EXPLANATION = """
-An orthogonal adapter turns the inputs of a frozen weight,
-<math><mi>W′</mi><mo>=</mo><mi>W</mi><mi>R</mi></math>, with
-<math><mi>R</mi><mo>=</mo><mi>f</mi><mo stretchy="false">(</mo><mi>Q</mi><mo stretchy="false">)</mo></math> made from a
-skew matrix <i>Q</i>: singular values, lengths of rows and the angles between them stay, as far as
-<math><msup><mi>R</mi><mi>T</mi></msup><mi>R</mi><mo>=</mo><mi>I</mi></math>.
-Here generators are random, scaled to the angle you choose, and the weights are those of trained models. LoRA and full
+An orthogonal adapter turns the inputs of a frozen weight, <span class="formula"><i>W</i>′ = <i>W R</i></span>, with
+<span class="formula"><i>R</i> = <i>f</i>(<i>Q</i>)</span> made from a skew matrix <i>Q</i>: singular values, lengths of
+rows and the angles between them stay, as far as <span class="formula"><i>R</i>ᵀ<i>R</i> = <i>I</i></span>. Here
+generators are random, scaled to the angle you choose, and the weights are those of trained models. LoRA and full
 fine-tuning add a random change instead, as long as the one that OFT makes with the same blocks and angle.
 """
 _OWN = frozenset(name for names in OPTIONS.values() for name in names)

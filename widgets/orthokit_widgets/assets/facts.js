@@ -9,7 +9,7 @@ export function render({ model, el }) {
         cell.className = "card";
         const [name, value, unit] = ["dt", "dd", "small"].map((tag) => document.createElement(tag));
         const text = document.createTextNode("");
-        value.append(text, unit);
+        value.append(text, " ", unit); // a line may break there
         cell.append(name, value);
         list.append(cell);
         cells.push({ name, text, unit });
