@@ -14,7 +14,7 @@ from orthokit.adapters.layer import AdaptedLayer
 from orthokit.adapters.lora import LoRA
 from orthokit.adapters.oft import OFT
 from orthokit.adapters.optimizer import POETOptimizer
-from orthokit.adapters.paths import rewind, safe_scales
+from orthokit.adapters.paths import rewind, rotation_strengths, safe_scales
 from orthokit.adapters.peft_defects import Finding
 from orthokit.adapters.peft_export import save_peft
 from orthokit.adapters.peft_forms import NeumannSumOFT
@@ -71,6 +71,7 @@ __all__ = [
     "quantize_linears",
     "requantize",
     "rewind",
+    "rotation_strengths",
     "safe_scales",
     "save",
     "save_peft",

@@ -240,6 +240,10 @@ def plain(value: Any) -> Any:
 
     Floats keep seven significant digits: more than a screen can show, a third of the bytes.
     """
+    if isinstance(value, float):  # by far the most; NumPy's are among them
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.7g}")
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -248,8 +252,4 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, np.generic):
         return plain(value.item())
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.7g}")
     return value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orthokit.errors import unknown_name
 from orthokit.studies._engine import Study, evidence_root, load_evidence, run_study
-from orthokit.studies.adapter_claims import ADAPTER_DUELS, AdapterDuel, adapter_margins, oftv2_costs
+from orthokit.studies.adapter_claims import ADAPTER_DUELS, AdapterDuel, adapter_margins, oftv2_costs, oftv2_widest
 from orthokit.studies.adapter_geometry import what_is_kept
 from orthokit.studies.adapter_probes import adapted_at, kept_at, merge_gap, orthogonality_at, requantised_at
 from orthokit.studies.adapter_results import (
@@ -230,6 +230,7 @@ __all__ = [
     "merge_schedules",
     "names",
     "oftv2_costs",
+    "oftv2_widest",
     "orthogonality",
     "orthogonality_at",
     "parity_errors",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orthokit
 from orthokit.studies.adapter_results import adapter_finals
@@ -14,7 +15,7 @@ from orthokit.studies.adapter_results import adapter_finals
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ADAPTER_DUELS", "AdapterDuel", "adapter_margins", "oftv2_costs"]
+__all__ = ["ADAPTER_DUELS", "AdapterDuel", "adapter_margins", "oftv2_costs", "oftv2_widest"]
 
 _ALL = ("tinygpt", "noun", "verb")
 _OLD, _NEW = "OFT 32, weight-centric", "OFT 32"
@@ -102,17 +103,9 @@ def oftv2_costs(*, root: str | Path | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    folder = Path(orthokit.__file__).parents[1] / "benchmarks" / "results" if root is None else Path(root)
     columns = ["time saved", "memory saved", "of LoRA's time", "PEFT's time"]
     rows = {}
-    try:
-        record = json.loads((folder / "adapters.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        record = {"cases": []}
-    for case in record["cases"]:
-        found = case["candidates"]
-        if _OLD not in found or _NEW not in found:
-            continue
+    for title, found in _benchmark(root).items():
         times = {name: one["median_ratio"] for name, one in found.items()}
         held = {name: float(found[name]["kept"]) + float(found[name]["moments"]) for name in (_OLD, _NEW)}
         ratios = (
@@ -121,5 +114,35 @@ def oftv2_costs(*, root: str | Path | None = None) -> pd.DataFrame:
             times[_NEW] / times.get("LoRA 16", math.nan),
             times.get(f"{_NEW}, PEFT", math.nan) / times[_NEW],
         )
-        rows[case["title"]] = dict(zip(columns, ratios, strict=True))
+        rows[title] = dict(zip(columns, ratios, strict=True))
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def oftv2_widest(*, root: str | Path | None = None) -> tuple[str, list[float]]:
+    """The widest layer of the recorded benchmark, and the time that input-centric OFT saves there, round by round.
+
+    Args:
+        root: Folder of the benchmark's results; default that of the checkout.
+
+    Returns:
+        Title of the case, and the time of the weight-centric form over ours, one number a round; ``("", [])`` where the
+        benchmark was not recorded.
+    """
+    cases = _benchmark(root)
+    widths = {title: int(found[1]) for title in cases if (found := re.search(r"width:? (\d+)", title))}
+    if not widths:
+        return "", []
+    title = max(widths, key=lambda title: widths[title])
+    old, new = (cases[title][name]["wall_seconds"] for name in (_OLD, _NEW))
+    return title, [a / b for a, b in zip(old, new, strict=True)]
+
+
+def _benchmark(root: str | Path | None) -> dict[str, dict[str, Any]]:
+    """The cases with the weight-centric form: title to what was measured of each candidate."""
+    folder = Path(orthokit.__file__).parents[1] / "benchmarks" / "results" if root is None else Path(root)
+    try:
+        record = json.loads((folder / "adapters.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    cases = {case["title"]: case["candidates"] for case in record["cases"]}
+    return {title: found for title, found in cases.items() if _OLD in found and _NEW in found}

@@ -303,21 +303,6 @@ def adapter_summary(table: pd.DataFrame, track: str) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(found).loc[order], pd.DataFrame({"before": begun}).T]).fillna("")
 
 
-def tuned_adapter_rates(track: str) -> dict[str, float]:
-    """Name to the rate that the recorded study found best; where none is recorded, the second of those it tries first.
-
-    Args:
-        track: One of the tracks.
-    """
-    rates = {name: grid[1] for name, grid in ADAPTER_RATES[track].items()}
-    try:
-        table, _ = load_evidence("adapters")
-    except ReportError:
-        return rates
-    found = _of(table, track, "run").groupby("name")["lr"].first().to_dict()
-    return rates | {name: float(lr) for name, lr in found.items() if name in rates}
-
-
 def adapter_live(
     track: str,
     *,
@@ -342,7 +327,7 @@ def adapter_live(
     """
     import pandas as pd
 
-    rates, settings = tuned_adapter_rates(track), budget_settings(track)
+    rates, settings = _tuned_rates(track), budget_settings(track)
     options = {"steps": steps, "evaluations": evaluations, "small": small, "kept": True}
     return pd.DataFrame(
         {
@@ -354,6 +339,17 @@ def adapter_live(
         for seed in seeds
         for row in adapt_once(track, name, lr=rates[name], seed=seed, **options)
     )
+
+
+def _tuned_rates(track: str) -> dict[str, float]:
+    """Name to the rate that the recorded study found best; where none is recorded, the second of those it tries."""
+    rates = {name: grid[1] for name, grid in ADAPTER_RATES[track].items()}
+    try:
+        table, _ = load_evidence("adapters")
+    except ReportError:
+        return rates
+    found = _of(table, track, "run").groupby("name")["lr"].first().to_dict()
+    return rates | {name: float(lr) for name, lr in found.items() if name in rates}
 
 
 def _of(table: pd.DataFrame, track: str, kind: str) -> Any:

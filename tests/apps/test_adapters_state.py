@@ -114,6 +114,16 @@ def test_a_short_series_moves_the_spectrum_and_the_sentence_says_so() -> None:
     assert "the map is exact" in found["figures"]["error"]["layout"]["meta"]["caption"]
 
 
+def test_numbers_are_short_enough_for_their_cards() -> None:
+    assert [adapters_state._short(value) for value in (0.0, 3e-15, -2.13e-6, 0.0123, 0.5)] == [
+        *("0", "≈ 0", "−2.1e−6"),
+        *("0.012", "0.5"),
+    ]
+    for adapter in ADAPTERS:
+        for fact in AdaptersState(adapter=adapter, angle=0.01).snapshot()["facts"]:
+            assert len(fact["value"]) <= 7, fact
+
+
 def test_sentences_of_what_is_added() -> None:
     assert AdaptersState(adapter="full").snapshot()["reading"].startswith("Full fine-tuning adds ")
     reading = AdaptersState(adapter="lora").snapshot()["reading"]

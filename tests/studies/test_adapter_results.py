@@ -26,7 +26,9 @@ from orthokit.studies import (
     adapters_kept,
     best_rates_by_block,
     block_exponents,
+    load_evidence,
     oftv2_costs,
+    oftv2_widest,
 )
 
 KEPT = {"spectrum_max": 0.1, "norm": 0.2, "angle_max": 90.0, "energy": 0.01}
@@ -197,16 +199,37 @@ def adapter_study_rates(track):
     return ADAPTER_RATES[track]
 
 
-def test_the_ledger_of_costs_reads_the_benchmark(tmp_path):
-    def one(ratio, kept):
-        return {"median_ratio": ratio, "kept": kept, "moments": "0.5"}
+def test_the_record_has_every_method_on_every_track_with_its_best_rate_inside():
+    table, how = load_evidence("adapters")
+    for track in ADAPTER_TRACKS:
+        finals = adapter_finals(table, track)
+        assert finals.shape == (how["seeds"], len(ADAPTER_METHODS)) and finals.notna().all(axis=None)
+        assert set(adapter_settings(table, track)["best lies"]) == {"inside"}
+    counts = adapter_settings(table, "noun")["trainable"]
+    assert counts["full fine-tuning"] == 10_616_832, "whole numbers are kept in full"
 
-    full = {"OFT 32": one(1.2, "1.5"), "OFT 32, weight-centric": one(6.0, "7.5"), "LoRA 16": one(0.8, "1")}
+
+def test_the_ledger_of_costs_reads_the_benchmark(tmp_path):
+    def one(ratio, kept, seconds=(1.0,)):
+        return {"median_ratio": ratio, "kept": kept, "moments": "0.5", "wall_seconds": list(seconds)}
+
+    full = {
+        "OFT 32": one(1.2, "1.5", (1.0, 2.0)),
+        "OFT 32, weight-centric": one(6.0, "7.5", (5.0, 8.0)),
+        "LoRA 16": one(0.8, "1"),
+    }
     cases = [
-        {"title": "a layer", "candidates": full | {"OFT 32, PEFT": one(1.8, "2")}},
-        {"title": "b", "candidates": {}},
+        {"title": "layer, width 64, 9 tokens", "candidates": full | {"OFT 32, PEFT": one(1.8, "2")}},
+        {"title": "width: 512, 9 tokens", "candidates": full},
+        {"title": "width: 1024, 9 tokens", "candidates": {"OFT 32": one(1.0, "1")}},
     ]
     (tmp_path / "adapters.json").write_text(json.dumps({"cases": cases}))
     found = oftv2_costs(root=tmp_path)
-    assert list(found.index) == ["a layer"]
-    assert found.loc["a layer"].tolist() == pytest.approx([5.0, 4.0, 1.5, 1.5])
+    assert list(found.index) == ["layer, width 64, 9 tokens", "width: 512, 9 tokens"]
+    assert found.iloc[0].tolist() == pytest.approx([5.0, 4.0, 1.5, 1.5])
+    assert math.isnan(found.loc["width: 512, 9 tokens", "PEFT's time"])
+    assert oftv2_widest(root=tmp_path) == ("width: 512, 9 tokens", [5.0, 4.0])
+
+
+def test_without_a_benchmark_the_ledger_is_empty(tmp_path):
+    assert oftv2_costs(root=tmp_path).empty and oftv2_widest(root=tmp_path) == ("", [])

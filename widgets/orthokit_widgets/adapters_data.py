@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Weight:
     linear: nn.Linear
     matrix: Tensor
     """In float64, ``(out, in)``."""
+    gram: Tensor
+    """Of its smaller side, in float64."""
     spectrum: np.ndarray
     energy: float
     pairs: Tensor
@@ -66,8 +68,8 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the matrix in both types."""
-        return 12 * self.matrix.numel()
+        """Memory of the matrix in both types, and of its Gram matrix."""
+        return 12 * self.matrix.numel() + 8 * self.gram.numel()
 
     def energy_of(self, W: Tensor) -> float:
         """Hyperspherical energy of the first rows."""
@@ -183,16 +185,26 @@ def _load(name: str) -> Weight:
     linear.weight.copy_(W)
     pairs = torch.randint(len(W) - 1, (2, _PAIRS), generator=torch.Generator().manual_seed(0))
     pairs[1] += pairs[1] >= pairs[0]  # two different rows
-    bare = Weight(rest, linear, W.double(), np.empty(0), 0.0, pairs, np.empty(0))
-    return Weight(
-        rest, linear, bare.matrix, _spectrum(bare.matrix), bare.energy_of(W), pairs, bare.angles_of(bare.matrix)
-    )
+    matrix = W.double()
+    gram = _gram(matrix)
+    bare = Weight(rest, linear, matrix, gram, _spectrum(gram), 0.0, pairs, np.empty(0))
+    return replace(bare, energy=bare.energy_of(W), angles=bare.angles_of(matrix))
 
 
-def _spectrum(W: Tensor) -> np.ndarray:
+def _gram(W: Tensor) -> Tensor:
+    return W.mT @ W if W.shape[0] >= W.shape[1] else W @ W.mT
+
+
+def _spectrum(gram: Tensor) -> np.ndarray:
     # As singular_values(method="gram"), without its passes over W that look for what weights of models do not hold.
-    gram = W.mT @ W if W.shape[0] >= W.shape[1] else W @ W.mT
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).double().numpy()
+
+
+def _turned_gram(of: Weight, part: Any, W: Tensor) -> Tensor:
+    """Gram matrix of ``W R``; of a tall matrix ``R^T (W^T W) R``, for a quarter of the products."""
+    if W.shape[0] < W.shape[1]:
+        return _gram(W)
+    return part.merge(part.merge(of.gram).mT)
 
 
 @torch.no_grad()
@@ -215,20 +227,23 @@ def look(of: Weight, choice: Choice) -> Look:
         W = layer.effective_weight(dtype=torch.float64)
         length = float((W - of.matrix).norm())
         rival = _full(of, choice, length).effective_weight()
+        gram, other = _turned_gram(of, layer.adapters["default"], W), _gram(rival)
     else:
         reference = Choice(block_size=choice.block_size, angle=choice.angle, seed=choice.seed)
-        rival = _oft(of, reference).effective_weight(dtype=torch.float64)
+        turned = _oft(of, reference)
+        rival = turned.effective_weight(dtype=torch.float64)
         length = float((rival - of.matrix).norm())
         layer = _ADDED[choice.adapter](of, choice, length)
         W = layer.effective_weight()
+        gram, other = _gram(W), _turned_gram(of, turned.adapters["default"], rival)
     return Look(
         trainable=sum(p.numel() for p in layer.adapters.parameters()),
         matrix=W,
-        spectrum=_spectrum(W),
+        spectrum=_spectrum(gram),
         energy=of.energy_of(W),
         angles=of.angles_of(W),
         moved=length / float(of.matrix.norm()),
-        rival={"spectrum": _spectrum(rival), "angles": of.angles_of(rival)},
+        rival={"spectrum": _spectrum(other), "angles": of.angles_of(rival)},
         **_of_rotation(layer.adapters["default"], choice.angle),
     )
 

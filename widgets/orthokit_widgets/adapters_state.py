@@ -42,6 +42,7 @@ _NAMES = {"oft": "OFT", "boft": "BOFT", "hra": "HRA", "lora": "LoRA", "full": "f
 _INEXACT = ("cayley_neumann", "exp_taylor")
 _LAWS = (2, 3, 5)  # lengths of the series that are always drawn
 _ROUNDING = 1e-5  # changes below this are rounding of float32, in which adapters are kept
+_TINY = 1e-9  # what is measured in float64 is rounding below this
 _SPAN = (1e-9, 10.0)
 _CELLS, _FEWER = 64, 48  # to a side of the picture; large matrices leave less time for it
 
@@ -264,7 +265,10 @@ def _percent(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}".replace("-", "−")
+    """Two digits, in few characters."""
+    if 0 < abs(value) < _TINY:
+        return "≈ 0"
+    return f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
 
 
 def _degrees(angle: float) -> str:
