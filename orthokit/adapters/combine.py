@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orthokit.adapters._blocks import BlockAdapter, BlockOptions
 from orthokit.adapters.base import Adapter, PartConfig
 from orthokit.adapters.layer import AdaptedLayer
-from orthokit.adapters.lora import LoRA, LoRAPart
+from orthokit.adapters.lora import LoRA, LoRAAdapter
 from orthokit.adapters.stack import set_adapters, stacked_layers
 from orthokit.errors import OptionError, ParameterError, unknown_name
 from orthokit.linalg import cayley, exp, inverse_cayley, pack_skew, unpack_skew
@@ -235,7 +235,7 @@ def _combined(
     return _low_rank(parts, weights)  # type: ignore[arg-type]
 
 
-def _low_rank(parts: list[LoRAPart], weights: list[float]) -> tuple[PartConfig, dict[str, Tensor]]:
+def _low_rank(parts: list[LoRAAdapter], weights: list[float]) -> tuple[PartConfig, dict[str, Tensor]]:
     """Factors side by side; pressed to the smaller side where they would be more, which loses nothing."""
     factors = [part.factors() for part in parts]
     down = torch.cat([down.double() for down, _ in factors])

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthokit.adapters.layer import Inner
-from orthokit.adapters.lora import LoRA, LoRAPart
+from orthokit.adapters.lora import LoRA, LoRAAdapter
 from orthokit.adapters.sites import Site
 from orthokit.errors import ParameterError
 
-__all__ = ["DoRA", "DoRAPart"]
+__all__ = ["DoRA", "DoRAAdapter"]
 
 _SLICE = 512
 
@@ -58,12 +58,12 @@ class DoRA(LoRA):
 
     kind: ClassVar[str] = "dora"
 
-    def part(self, site: Site, weight: Callable[[], Tensor], *, stream: int = 0) -> DoRAPart:
-        """The adapter of one layer; see :class:`DoRAPart`."""
-        return DoRAPart(self, site, weight, stream=stream)
+    def part(self, site: Site, weight: Callable[[], Tensor], *, stream: int = 0) -> DoRAAdapter:
+        """The adapter of one layer; see :class:`DoRAAdapter`."""
+        return DoRAAdapter(self, site, weight, stream=stream)
 
 
-class DoRAPart(LoRAPart):
+class DoRAAdapter(LoRAAdapter):
     r"""The adapter of one layer: ``y = m / |V| * (inner(x) + s B (A x))``, a bias after it.
 
     Args:

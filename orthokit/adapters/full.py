@@ -16,7 +16,7 @@ from orthokit.adapters.layer import Inner
 from orthokit.adapters.sites import Site
 from orthokit.errors import ParameterError
 
-__all__ = ["FullFineTuning", "FullPart"]
+__all__ = ["FullAdapter", "FullFineTuning"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class FullFineTuning(PartConfig):
     conv: ClassVar[str] = "patches"
     """Convolutions are read as matrices of patches."""
 
-    def part(self, site: Site, weight: Callable[[], Tensor], *, stream: int = 0) -> FullPart:
-        """The adapter of one layer; see :class:`FullPart`."""
-        return FullPart(self, site)
+    def part(self, site: Site, weight: Callable[[], Tensor], *, stream: int = 0) -> FullAdapter:
+        """The adapter of one layer; see :class:`FullAdapter`."""
+        return FullAdapter(self, site)
 
 
-class FullPart(Adapter):
+class FullAdapter(Adapter):
     """The adapter of one layer: ``delta``, shaped like the weight as a matrix of patches.
 
     Args:

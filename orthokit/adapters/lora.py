@@ -17,7 +17,7 @@ from orthokit.adapters.base import Adapter, PartConfig
 from orthokit.adapters.sites import Site
 from orthokit.errors import NonFiniteError, OptionError, unknown_name
 
-__all__ = ["LoRA", "LoRAPart"]
+__all__ = ["LoRA", "LoRAAdapter"]
 
 INITS = ("kaiming", "gaussian", "pissa", "milora")
 _SPECTRAL = ("pissa", "milora")
@@ -63,7 +63,7 @@ class LoRA(PartConfig):
         Meng et al. (2024), PiSSA, arXiv 2404.02948; H. Wang et al. (2024), MiLoRA, arXiv 2406.09044. Those two, and
         PEFT, take ``s B_0 A_0`` out of the frozen weight; here the frozen weight stays as it is, so that adapters can
         be stacked, switched and taken off, and the same numbers ``A``, ``B`` mean the same layer.
-        :meth:`LoRAPart.factors` gives a plain LoRA of rank ``2 r`` on the untouched weight.
+        :meth:`LoRAAdapter.factors` gives a plain LoRA of rank ``2 r`` on the untouched weight.
     """
 
     kind: ClassVar[str] = "lora"
@@ -97,12 +97,12 @@ class LoRA(PartConfig):
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def part(self, site: Site, weight: Callable[[], Tensor], *, stream: int = 0) -> LoRAPart:
-        """The adapter of one layer; see :class:`LoRAPart`."""
-        return LoRAPart(self, site, weight, stream=stream)
+    def part(self, site: Site, weight: Callable[[], Tensor], *, stream: int = 0) -> LoRAAdapter:
+        """The adapter of one layer; see :class:`LoRAAdapter`."""
+        return LoRAAdapter(self, site, weight, stream=stream)
 
 
-class LoRAPart(Adapter):
+class LoRAAdapter(Adapter):
     r"""The adapter of one layer: ``y = inner(x) + s B (A x)``.
 
     Args:

@@ -39,10 +39,11 @@ class OFT(BlockOptions):
             PyTorch's own source, as ``nn.Dropout`` does.
         angle_scale: Factor on the generators, ``> 0``; default 1. With an optimizer that does not see the size of a
             gradient it is a factor on the learning rate of this adapter.
-        block_rate: Scale generators by ``sqrt(32 / b)``, so that one learning rate suits every block size; default
-            ``True``. Steps of Adam are about ``+-lr`` an entry, and a skew matrix of such entries turns planes by up to
-            ``2 lr sqrt(b)``: with the factor, ``2 lr sqrt(32)`` for every ``b``, and rates for ``b = 32`` stay as they
-            are.
+        block_rate: Scale generators by ``sqrt(32 / b)``, so that the best learning rate depends less on the block size;
+            default ``True``. Steps of Adam are about ``+-lr`` an entry, and a skew matrix of such entries with random
+            signs turns planes by up to ``2 lr sqrt(b)``: with the factor, ``2 lr sqrt(32)`` for every ``b``, and rates
+            for ``b = 32`` stay as they are. Signs agree more than random ones, so part of the dependence is left; the
+            study ``adapters`` measures it.
         conv: How a convolution is read: ``"channels"`` (default) turns the channels at every place, ``"patches"`` the
             columns of the weight flattened to ``(out, in / groups * kernel)``.
         init_std: Standard deviation of ``v`` at the beginning, ``>= 0``; default 0, no change.

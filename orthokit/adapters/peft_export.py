@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from orthokit.adapters.dora import DoRAPart
+from orthokit.adapters.dora import DoRAAdapter
 from orthokit.adapters.files import write_pair
 from orthokit.adapters.layer import AdaptedLayer
 from orthokit.adapters.peft_layers import Parts, Written, check_layer, common, pattern, target_modules
@@ -116,7 +116,7 @@ def _lora_state(parts: Parts) -> Written:
     alphas: dict[str, float] = {}
     stabilised = all(part.config.rank_stabilised for _, part in parts.values())
     for path, (layer, part) in parts.items():
-        dora = isinstance(part, DoRAPart)
+        dora = isinstance(part, DoRAAdapter)
         kinds = ("linear", "conv1d_transposed", "conv", *(() if dora else ("embedding",)))
         check_layer(path, layer, kinds, "DoRA" if dora else "LoRA", any_conv=True)
         if dora and part.strength != 1:
@@ -142,7 +142,7 @@ def _lora_state(parts: Parts) -> Written:
         "rank_pattern": pattern(ranks, parts, r),
         "alpha_pattern": {path: _whole(value) for path, value in pattern(alphas, parts, alpha).items()},
         "use_rslora": stabilised,
-        "use_dora": any(isinstance(part, DoRAPart) for _, part in parts.values()),
+        "use_dora": any(isinstance(part, DoRAAdapter) for _, part in parts.values()),
         "lora_dropout": common(part.config.dropout for _, part in parts.values()),
         "init_lora_weights": True,
         "fan_in_fan_out": any(layer.site.kind == "conv1d_transposed" for layer, _ in parts.values()),

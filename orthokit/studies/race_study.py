@@ -82,7 +82,7 @@ _OWN: dict[str, tuple[str, ...]] = {
         *_MATRIX,
         "optim/pion.py",
         "optim/_pion*.py",
-        *(f"linalg/{name}.py" for name in ("skew", "maps", "spectra")),
+        *(f"linalg/{name}.py" for name in ("skew", "_skew_places", "maps", "spectra")),
     ),
     "POET": ("adapters/*.py", "linalg/*.py", *_MATRIX),
 }

@@ -146,10 +146,8 @@ def test_start_pause_resume_stop(watched: Any, server: str) -> None:
     watched.get_by_role("button", name="Resume").click()
     watched.get_by_text("Running.").wait_for()
     wait_for(watched, "How fast does the loss fall", f"data[0].x.at(-1) > {held}")
-    pressed = time.monotonic()
     stop.click()
-    watched.get_by_text("Stopped after step").wait_for()
-    assert time.monotonic() - pressed < 5  # half a second is the aim; a loaded machine gets more
+    watched.get_by_text("Stopped after step").wait_for()  # not "Finished"
     ended = step(watched)
     watched.wait_for_timeout(600)
     assert step(watched) == ended
@@ -215,10 +213,8 @@ def test_a_race_is_chosen_started_paused_and_stopped(watched: Any, server: str) 
     # How it is drawn can be changed while it waits.
     watched.get_by_role("radio", name="seconds").check(force=True)
     wait_for(watched, "Which one is ahead", "data[0].x[0] < 1")
-    pressed = time.monotonic()
     stop.click()
-    watched.get_by_text("Stopped after step").wait_for()
-    assert time.monotonic() - pressed < 5  # half a second is the aim; a loaded machine gets more
+    watched.get_by_text("Stopped after step").wait_for()  # not "Finished"
     expect(start).to_be_enabled()
 
 
