@@ -302,20 +302,10 @@ def table(model: nn.Module) -> pd.DataFrame:
             kind = kind_of(layer)
             shape: Any = kind.shape(layer) if kind else (layer.out_features, layer.in_features)
             patch = kind.patch(layer) / getattr(layer, "groups", 1) if kind else 1
-            why = reasons.get(name) or (unfit(layer, _ANY) if kind is None else None) or tied or "not among the targets"
+            why = reasons.get(name) or (unfit(layer, None) if kind is None else None) or tied or "not among the targets"
             found = {"adapter": "none", "trainable": 0, "detail": why}
         rows.append({"layer": name, "shape": shape, "weights": round(shape[0] * shape[1] * patch), **found})
     return pd.DataFrame(rows, columns=["layer", "shape", "adapter", "trainable", "weights", "detail"])
-
-
-class _Any(AdapterConfig):
-    """Stands for whatever adapter in the reasons of the table."""
-
-    def wrap(self, layer: Any, **options: Any) -> AdapterLayer:
-        raise NotImplementedError
-
-
-_ANY = _Any()
 
 
 def _freeze(model: nn.Module, kept: set[int]) -> None:

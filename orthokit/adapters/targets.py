@@ -91,16 +91,15 @@ def _kind_name(layer: nn.Module) -> str:
     return "linear" if kind.name.startswith("quantized") else kind.name
 
 
-def unfit(layer: nn.Module, config: AdapterConfig) -> str | None:
-    """Why a layer cannot have this adapter; ``None`` if it can."""
-    name = type(config).__name__
+def unfit(layer: nn.Module, config: AdapterConfig | None) -> str | None:
+    """Why a layer cannot have this adapter (or any, without ``config``); ``None`` if it can."""
     if isinstance(config, PartConfig):
         if isinstance(layer, AdaptedLayer) or kind_of(layer) is not None:
             return None
     elif type(layer) is nn.Linear:
         return None
     if isinstance(layer, AdapterLayer):
-        return f"it is adapted by {layer.describe()['adapter']} already, which {name} cannot stand beside"
+        return f"it is adapted by {layer.describe()['adapter']} already, and POET shares a layer with no other"
     # Its owner may read its weight instead of calling it.
     return f"it is a {type(layer).__name__}, not a plain nn.Linear"
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from adapted import assert_merged_is_forward, moved, sites
+from adapted import assert_merged_is_forward, inputs, linear, moved, part, sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,23 +23,6 @@ from orthokit.linalg import (
     singular_values,
     unpack_skew,
 )
-
-
-def linear(inputs=16, outputs=7, *, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(inputs, outputs, dtype=dtype)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(inputs))
-    return layer
-
-
-def inputs(*shape, dtype=torch.float64, seed=1, grad=False):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_(grad)
-
-
-def part(layer):
-    return layer.adapters["default"]
 
 
 def dense_rotation(config, v, width):
@@ -101,7 +84,7 @@ def test_products_of_two_factors_are_always_formed_and_more_while_they_stay_smal
 
 @pytest.mark.parametrize("options", [{}, {"share": True}, {"map": "exp"}, {"radius": 0.3}])
 def test_one_factor_is_oft(options):
-    butterfly, plain = moved(BOFT(4, 1, **options).wrap(linear())), OFT(4, **options).wrap(linear())
+    butterfly, plain = moved(BOFT(4, 1, **options).wrap(linear(16))), OFT(4, **options).wrap(linear(16))
     with torch.no_grad():
         part(plain).generator.copy_(part(butterfly).generator[0])
     x = inputs(5, 16)
@@ -141,7 +124,7 @@ def test_merged_convolution_read_as_patches_computes_the_same(site, scaled, seed
 @pytest.mark.parametrize("largest", [0, 128])
 def test_at_rest_outputs_and_weights_are_the_same_bits(dtype, factors, largest, monkeypatch):
     monkeypatch.setattr(boft, "_LARGEST_FUSED", largest)
-    plain, x = linear(dtype=dtype), inputs(200, 16).to(dtype)
+    plain, x = linear(16, dtype=dtype), inputs(200, 16).to(dtype)
     layer = BOFT(4, factors).wrap(plain)
     assert torch.equal(layer(x), plain(x)) and torch.equal(layer.merged().weight, plain.weight)
 
@@ -164,21 +147,21 @@ def test_singular_values_row_lengths_and_angles_between_rows_are_kept(shape):
 @pytest.mark.parametrize("map", ["cayley", "exp", "cayley_neumann"])
 def test_orthogonality_and_the_largest_angle_are_those_of_the_whole_matrix(largest, map, monkeypatch):
     monkeypatch.setattr(boft, "_LARGEST_FUSED", largest)
-    layer = moved(BOFT(4, 3, map=map).wrap(linear(dtype=torch.float32)), turn=0.2)
+    layer = moved(BOFT(4, 3, map=map).wrap(linear(16, dtype=torch.float32)), turn=0.2)
     R = part(layer).dense()
     assert part(layer).orthogonality_error() < 5e-6
     assert part(layer).largest_angle() == pytest.approx(float(torch.linalg.eigvals(R).angle().abs().max()), abs=1e-4)
 
 
 def test_enough_factors_reach_every_coordinate():
-    full = moved(BOFT(4, 3).wrap(linear()))
+    full = moved(BOFT(4, 3).wrap(linear(16)))
     assert bool((part(full).dense() != 0).all())
-    half = part(moved(BOFT(4, 2).wrap(linear()))).dense()
+    half = part(moved(BOFT(4, 2).wrap(linear(16)))).dense()
     assert int(half.count_nonzero()) == 16 * 8
 
 
 def test_strength_zero_is_no_change_at_all_and_between_scales_every_generator():
-    layer, x = moved(BOFT(4, 2, scale_outputs=True).wrap(linear())), inputs(3, 16)
+    layer, x = moved(BOFT(4, 2, scale_outputs=True).wrap(linear(16))), inputs(3, 16)
     part(layer).strength = 0.0
     assert torch.allclose(layer(x), layer.base(x), rtol=1e-15) and torch.equal(layer.merged().weight, layer.base.weight)
     part(layer).strength = 0.5
@@ -205,7 +188,7 @@ def test_dropout_rests_blocks_of_every_factor_in_training_alone():
 
 
 def test_factors_are_kept_while_nothing_changes():
-    layer, x = moved(BOFT(4, 2).wrap(linear())), inputs(3, 16)
+    layer, x = moved(BOFT(4, 2).wrap(linear(16))), inputs(3, 16)
     with torch.no_grad():
         first = layer(x)
         kept = part(layer)._kept[2]
@@ -252,7 +235,7 @@ def test_scaled_outputs_need_outputs():
 
 
 def test_a_generator_that_is_not_finite_stops_a_merge_by_name():
-    layer = BOFT(4, 2, scale_outputs=True).wrap(linear(), name="blocks.0.down")
+    layer = BOFT(4, 2, scale_outputs=True).wrap(linear(16), name="blocks.0.down")
     with torch.no_grad():
         part(layer).scale[0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"scale of boft on 'blocks\.0\.down'"):

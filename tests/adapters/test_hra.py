@@ -1,10 +1,8 @@
 """HRA against reflections multiplied one by one, and its path to the identity against the Cayley transform."""
 
-import math
-
 import pytest
 import torch
-from adapted import assert_merged_is_forward, moved, sites
+from adapted import assert_merged_is_forward, inputs, linear, moved, part, sites
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,23 +13,6 @@ from orthokit.adapters.hra import HRA, hra_penalty
 from orthokit.adapters.oft import OFT
 from orthokit.errors import NonFiniteError, OptionError, UnknownNameError
 from orthokit.linalg import cayley, inverse_cayley, singular_values
-
-
-def linear(inputs=12, outputs=7, *, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(inputs, outputs, dtype=dtype)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(inputs))
-    return layer
-
-
-def inputs(*shape, dtype=torch.float64, seed=1, grad=False):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_(grad)
-
-
-def part(layer):
-    return layer.adapters["default"]
 
 
 def reflections(vectors):

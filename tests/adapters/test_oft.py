@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from adapted import Conv1D, assert_merged_is_forward, moved, sites
+from adapted import Conv1D, assert_merged_is_forward, inputs, linear, moved, part, sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -37,23 +37,6 @@ MAPS = {
     "exp": exp,
     "exp_taylor": lambda Q: exp_taylor(Q, order=4),
 }
-
-
-def linear(inputs=12, outputs=7, *, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(inputs, outputs, dtype=dtype)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(inputs))
-    return layer
-
-
-def inputs(*shape, dtype=torch.float64, seed=1, grad=False):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_(grad)
-
-
-def part(layer):
-    return layer.adapters["default"]
 
 
 def dense_rotation(config, v, width):

@@ -5,6 +5,8 @@ import io
 import re
 from pathlib import Path
 
+import torch
+
 from orthokit.reports import find_notebooks
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,18 @@ def test_the_example_prints_the_output_shown():
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue() == shown
+
+
+def test_the_example_of_an_adapter_runs_and_merging_keeps_the_function():
+    first, second = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(first, "README.md", "exec"), names)
+        exec(compile(second, "README.md", "exec"), names)
+    assert re.search(r"^[1-9]\d* numbers to train$", printed.getvalue(), re.MULTILINE)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.allclose(names["model"](ids), names["ok"].lab.load_pretrained()(ids), atol=1e-5)
 
 
 def test_every_notebook_is_listed():

@@ -3,13 +3,13 @@
 Runs use the smallest setting of the study: four layers, two steps.
 """
 
-import ast
 import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from imported import imports
 from torch import nn
 
 import orthokit
@@ -233,17 +233,6 @@ def test_every_unit_of_the_study_names_files_that_are_there():
     )
 
 
-def _imports(path: Path, root: Path) -> set[Path]:
-    """The modules of the library that a module imports when it loads."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orthokit"):
-            base = root.joinpath(*node.module.split(".")[1:])
-            names = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
-            found |= {name for name in names if name.is_file()}
-    return found
-
-
 @pytest.mark.parametrize("name", list(ADAPTER_METHODS))
 def test_the_hash_of_a_unit_covers_what_its_adapter_imports(name):
     root = Path(orthokit.__file__).parent
@@ -257,7 +246,7 @@ def test_the_hash_of_a_unit_covers_what_its_adapter_imports(name):
         path = todo.pop()
         if path.name == "_initialise.py":  # adapters take its generators alone, POET the rest
             continue
-        new = _imports(path, root) - needed - apart
+        new = imports(path, root) - needed - apart
         needed |= new
         todo += new
     missing = sorted(str(p.relative_to(root)) for p in needed - covered if not p.name.startswith("_check"))

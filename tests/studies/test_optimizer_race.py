@@ -1,12 +1,12 @@
 """The race itself at its smallest size: equal starts, rates that are widened, costs measured in turns."""
 
-import ast
 import itertools
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from imported import imports
 
 import orthokit
 from orthokit.errors import NonFiniteError, UnknownNameError
@@ -138,17 +138,6 @@ def test_unknown_names_say_what_exists():
         enter("cnn", "muon_pro", lr=1.0, seed=0)
 
 
-def _imports(path: Path, root: Path) -> set[Path]:
-    """The modules of the library that a module imports when it loads."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orthokit"):
-            base = root.joinpath(*node.module.split(".")[1:])
-            names = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
-            found |= {name for name in names if name.is_file()}
-    return found
-
-
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_the_hash_of_a_unit_covers_what_its_optimizer_imports(name):
     root = Path(orthokit.__file__).parent
@@ -161,7 +150,7 @@ def test_the_hash_of_a_unit_covers_what_its_optimizer_imports(name):
         path = todo.pop()
         if path.name == "routing.py":  # imports every optimizer to know their names
             continue
-        new = _imports(path, root) - needed - apart
+        new = imports(path, root) - needed - apart
         needed |= new
         todo += new
     missing = sorted(str(p.relative_to(root)) for p in needed - covered if not p.name.startswith("_check"))

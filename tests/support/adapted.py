@@ -13,6 +13,26 @@ from orthokit.adapters.layer import AdaptedLayer
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+def linear(inputs=12, outputs=7, *, dtype=torch.float64, seed=0):
+    """A linear layer with normal weights and bias of its own draw."""
+    g = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(inputs, outputs, dtype=dtype)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(inputs))
+    return layer
+
+
+def inputs(*shape, dtype=torch.float64, seed=1, grad=False):
+    """Normal rows."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_(grad)
+
+
+def part(layer):
+    """The one adapter of a layer."""
+    return layer.adapters["default"]
+
+
 class Conv1D(nn.Module):
     """GPT-2's linear layer, known by its name: weight (in, out)."""
 
