@@ -44,7 +44,7 @@ class BOFT(BlockOptions):
         radius: Largest Frobenius norm of each generator; default ``None``.
         dropout: Chance of every block of every factor to be at rest in a training pass; default 0.
         angle_scale: Factor on the generators; default 1.
-        block_rate: Scale generators by ``sqrt(32 / b)``; default ``True``.
+        block_rate: Scale generators by ``(32 / b)^(3/4)``; default ``True``.
         conv: ``"channels"`` (default) or ``"patches"``.
         init_std: Standard deviation of the parameter at the beginning; default 0.
         seed: Of that; default 0.

@@ -21,8 +21,8 @@ __all__ = ["OFT", "OFTAdapter"]
 class OFT(BlockOptions):
     r"""Options of orthogonal fine-tuning: a frozen weight whose inputs are turned, ``W -> W Diag(R_1, ..., R_k)``.
 
-    ``R_i = f(Q_i)`` with ``Q_i = project(angle_scale sqrt(32 / b) unpack(v_i))``: skew, from the trained ``v_i``, which
-    begin at 0. Singular values of ``W``, lengths of its rows and all angles between them stay as they are.
+    ``R_i = f(Q_i)`` with ``Q_i = project(angle_scale (32 / b)^(3/4) unpack(v_i))``: skew, from the trained ``v_i``,
+    which begin at 0. Singular values of ``W``, lengths of its rows and all angles between them stay as they are.
 
     Args:
         block_size: ``b >= 2``, a divisor of the width; default 32.
@@ -39,11 +39,10 @@ class OFT(BlockOptions):
             PyTorch's own source, as ``nn.Dropout`` does.
         angle_scale: Factor on the generators, ``> 0``; default 1. With an optimizer that does not see the size of a
             gradient it is a factor on the learning rate of this adapter.
-        block_rate: Scale generators by ``sqrt(32 / b)``, so that the best learning rate depends less on the block size;
-            default ``True``. Steps of Adam are about ``+-lr`` an entry, and a skew matrix of such entries with random
-            signs turns planes by up to ``2 lr sqrt(b)``: with the factor, ``2 lr sqrt(32)`` for every ``b``, and rates
-            for ``b = 32`` stay as they are. Signs agree more than random ones, so part of the dependence is left; the
-            study ``adapters`` measures it.
+        block_rate: Scale generators by ``(32 / b)^(3/4)``, so that one learning rate suits all block sizes; default
+            ``True``. Steps of Adam are about ``+-lr`` an entry; a skew matrix of such entries turns planes by up to
+            ``2 lr sqrt(b)`` if their signs are random, and in proportion to ``b`` if they agree. Best rates lie between
+            the two, which the study ``adapters`` measures. Rates for ``b = 32`` stay as they are.
         conv: How a convolution is read: ``"channels"`` (default) turns the channels at every place, ``"patches"`` the
             columns of the weight flattened to ``(out, in / groups * kernel)``.
         init_std: Standard deviation of ``v`` at the beginning, ``>= 0``; default 0, no change.

@@ -147,11 +147,12 @@ def _by_few_calls(
     turns: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """The rows of a table in three calls each, for small matrices, whose calls are what costs; into what is given."""
-    tall, half = X.shape[-2] > X.shape[-1], X.dtype.itemsize == 2
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32 if half else None)
+    tall = X.shape[-2] > X.shape[-1]
+    # In the dtype of X, whose sums are float32 inside: a norm and a division of two dtypes take ten times as long.
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     if headroom != 1:
         norm.mul_(headroom)
-    X = torch.div(X, norm.clamp_(min=eps), out=turns[0]).to(X.dtype)
+    X = torch.div(X, norm.clamp_(min=eps), out=turns[0])
     for i, (a, b, c) in enumerate(table, start=1):
         A = torch.bmm(X.mH, X, out=gram) if tall else torch.bmm(X, X.mH, out=gram)
         # A cubic row has no product; a factor of 0 for it would besides drop beta on CPUs in half precision.

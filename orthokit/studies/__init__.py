@@ -25,15 +25,7 @@ from orthokit.studies.adapter_results import (
     block_exponents,
 )
 from orthokit.studies.adapter_study import ADAPTERS
-from orthokit.studies.adapter_tracks import ADAPTER_TRACKS, AdapterTrack
-from orthokit.studies.adapters import (
-    ADAPTER_METHODS,
-    AdapterMethod,
-    adapt,
-    adapt_once,
-    budget_settings,
-    trainable,
-)
+from orthokit.studies.adapters import ADAPTER_METHODS, ADAPTER_TRACKS, adapt_once, adapter_budget
 from orthokit.studies.coefficients import (
     compare_recipes,
     head_split,
@@ -162,8 +154,6 @@ __all__ = [
     "STUDIES",
     "TRACKS",
     "AdapterDuel",
-    "AdapterMethod",
-    "AdapterTrack",
     "Duel",
     "LiveErrors",
     "Probe",
@@ -171,10 +161,10 @@ __all__ = [
     "RotationRun",
     "Study",
     "Track",
-    "adapt",
     "adapt_by_rotation",
     "adapt_once",
     "adapted_at",
+    "adapter_budget",
     "adapter_costs",
     "adapter_curves",
     "adapter_differences",
@@ -193,7 +183,6 @@ __all__ = [
     "best_lr",
     "best_rates_by_block",
     "block_exponents",
-    "budget_settings",
     "compare_geometries",
     "compare_methods",
     "compare_optimizers",
@@ -272,7 +261,6 @@ __all__ = [
     "train_pipeline",
     "train_poet",
     "train_recipes",
-    "trainable",
     "trainable_by_block",
     "tuned_rates",
     "values_after",

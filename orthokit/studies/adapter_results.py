@@ -12,8 +12,7 @@ from orthokit.errors import ReportError, unknown_name
 from orthokit.figures.intervals import mean_interval
 from orthokit.studies._engine import load_evidence
 from orthokit.studies.adapter_study import ADAPTER_RATES
-from orthokit.studies.adapter_tracks import ADAPTER_TRACKS
-from orthokit.studies.adapters import ADAPTER_METHODS, adapt_once, budget_settings
+from orthokit.studies.adapters import ADAPTER_METHODS, ADAPTER_TRACKS, adapt_once, adapter_budget
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,7 +199,7 @@ def adapters_by_budget(table: pd.DataFrame, track: str = "tinygpt") -> Curves:
     return curves
 
 
-def best_rates_by_block(table: pd.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
+def best_rates_by_block(table: pd.DataFrame, track: str = "tinygpt") -> dict[str, tuple[list[float], list[float]]]:
     """The best learning rate of OFT for every block size, as it is and with the rate that follows the block.
 
     The minimum of the parabola through the best rate and its neighbours, over the logarithm of the rate; losses are
@@ -208,28 +207,26 @@ def best_rates_by_block(table: pd.DataFrame) -> dict[str, tuple[list[float], lis
 
     Args:
         table: The recorded study.
+        track: ``"tinygpt"`` (default) or ``"noun"``, which was measured with the scale alone.
 
     Returns:
         ``"plain"`` and ``"block_rate"`` to ``(block sizes, rates)``.
     """
-    return _by_block(table[table["kind"] == "block"])
+    return _by_block(_of(table, track, "block"))
 
 
-def block_exponents(table: pd.DataFrame) -> dict[str, list[float]]:
+def block_exponents(table: pd.DataFrame, track: str = "tinygpt") -> dict[str, list[float]]:
     """With which power of the block size the best learning rate of OFT goes, seed by seed.
 
     Args:
         table: The recorded study.
+        track: As above.
 
     Returns:
         ``"plain"`` and ``"block_rate"`` to one slope a seed, of a straight line through logarithms.
     """
-    rows = table[table["kind"] == "block"]
-    each = [_by_block(part) for _, part in cast("Any", rows.groupby("seed"))]
-    return {
-        key: [float(np.polyfit(np.log(one[key][0]), np.log(one[key][1]), 1)[0]) for one in each]
-        for key in ("plain", "block_rate")
-    }
+    each = [_by_block(part) for _, part in cast("Any", _of(table, track, "block").groupby("seed"))]
+    return {key: [float(np.polyfit(np.log(one[key][0]), np.log(one[key][1]), 1)[0]) for one in each] for key in each[0]}
 
 
 def _by_block(rows: Any) -> dict[str, tuple[list[float], list[float]]]:
@@ -237,12 +234,11 @@ def _by_block(rows: Any) -> dict[str, tuple[list[float], list[float]]]:
     for (block, scaled), part in rows.groupby(["block", "block_rate"]):
         means = part.groupby("lr")["value"].mean()
         found[int(block), str(scaled) == "True"] = _vertex(means.index.to_numpy(), means.to_numpy())
-    common = ADAPTER_TRACKS["tinygpt"].block
-    found[common, False] = found[common, True]
     blocks = sorted({block for block, _ in found})
-    names = {"plain": False, "block_rate": True}
+    names = {"plain": False, "block_rate": True} if any(not scaled for _, scaled in found) else {"block_rate": True}
+    # Where the scale is 1, one measurement serves both.
     return {
-        key: ([float(block) for block in blocks], [found[block, scaled] for block in blocks])
+        key: ([float(block) for block in blocks], [found.get((block, scaled), found[block, True]) for block in blocks])
         for key, scaled in names.items()
     }
 
@@ -327,7 +323,7 @@ def adapter_live(
     """
     import pandas as pd
 
-    rates, settings = _tuned_rates(track), budget_settings(track)
+    rates, settings = _tuned_rates(track), adapter_budget(track)
     options = {"steps": steps, "evaluations": evaluations, "small": small, "kept": True}
     return pd.DataFrame(
         {
@@ -353,10 +349,10 @@ def _tuned_rates(track: str) -> dict[str, float]:
 
 
 def _of(table: pd.DataFrame, track: str, kind: str) -> Any:
-    """Rows of a kind at the common budget."""
+    """Rows of a kind at the common budget, which rows of blocks have no multiple of."""
     if track not in ADAPTER_TRACKS:
         raise unknown_name("track", track, ADAPTER_TRACKS)
-    return table.loc[(table["track"] == track) & (table["kind"] == kind) & (table["scale"] == 1)]
+    return table.loc[(table["track"] == track) & (table["kind"] == kind) & table["scale"].isin([1.0, math.nan])]
 
 
 def _labels(rows: pd.DataFrame) -> dict[str, str]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from orthokit.adapters.oft import OFT
+from orthokit.lab.arena import enter
 from orthokit.studies._engine import Study
-from orthokit.studies.adapter_tracks import ADAPTER_TRACKS
-from orthokit.studies.adapters import adapt, adapt_once, budget_settings
+from orthokit.studies.adapters import ADAPTER_TRACKS, adapt_once, adapter_budget
 from orthokit.studies.optimizer_race import _best, _one_thread, next_rate
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ ADAPTER_RATES: dict[str, dict[str, tuple[float, ...]]] = {
 ADAPTER_RATES["verb"] = ADAPTER_RATES["noun"]
 BLOCKS = (8, 16, 32, 64, 128)
 _BLOCK_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+# A second model and task: blocks on both sides of 32, with the scale alone.
+_TEXT_BLOCKS, _TEXT_BLOCK_RATES = (8, 32, 128), (2.5e-4, 5e-4, 1e-3, 2e-3)
 _BLOCK_SEEDS = (100, 101, 102, 103)
 # Multiples of the budget that some methods are compared at as well.
 _SCALES, _SCALED = (0.25, 4.0), ("lora", "oft", "hra")
@@ -63,7 +65,7 @@ def _units(size: str, seeds: int) -> list[dict[str, Any]]:
             "cost_steps": 3 if small else 16,
         }
         for track in ADAPTER_TRACKS
-        for name, (chosen, trainable) in budget_settings(track).items()
+        for name, (chosen, trainable) in adapter_budget(track).items()
     ]
     blocks = [
         {
@@ -78,12 +80,22 @@ def _units(size: str, seeds: int) -> list[dict[str, Any]]:
         # At the block that the scale is 1 for, both are the same.
         if scaled or block != ADAPTER_TRACKS["tinygpt"].block
     ]
+    blocks += [
+        {
+            **common,
+            **{"kind": "block", "track": "noun", "name": "oft", "block": block, "block_rate": True},
+            "rates": list(_TEXT_BLOCK_RATES[: 1 if small else None]),
+            "seeds": list(_BLOCK_SEEDS[: 1 if small else 2]),
+            "steps": 2 if small else 24,
+        }
+        for block in _TEXT_BLOCKS
+    ]
     scaled = [
         {**unit, "scale": scale, "evaluations": 1, "size": 2 if small else chosen, "trainable": trainable}
         for scale in _SCALES
         for unit in compared
         if unit["track"] == "tinygpt" and unit["name"] in _SCALED
-        for chosen, trainable in [budget_settings("tinygpt", scale)[unit["name"]]]
+        for chosen, trainable in [adapter_budget("tinygpt", scale)[unit["name"]]]
     ]
     first = [unit for unit in compared if unit["track"] == "tinygpt"]
     return [*first, *blocks, *compared[len(first) :], *scaled]
@@ -136,8 +148,8 @@ def _cost(unit: dict[str, Any]) -> dict[str, float]:
     """Processor time of a step beside one of LoRA, in turns, so that what else the machine does hits both alike."""
     options = {"steps": unit["cost_steps"], "small": unit["small"], "lr": 1e-4, "seed": 0}
     pair = [
-        adapt(unit["track"], unit["name"], size=unit["size"] or None, **options),
-        adapt(unit["track"], _YARDSTICK, size=2 if unit["small"] else None, **options),
+        enter(unit["track"], unit["name"], size=unit["size"] or None, **options),
+        enter(unit["track"], _YARDSTICK, size=2 if unit["small"] else None, **options),
     ]
     times: list[list[float]] = [[], []]
     for _ in range(unit["cost_steps"]):
@@ -162,10 +174,10 @@ def _block(unit: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 _COMMON = (
-    *(f"studies/{name}.py" for name in ("adapters", "adapter_tracks", "adapter_geometry", "adapter_study")),
+    *(f"studies/{name}.py" for name in ("adapters", "adapter_geometry", "adapter_study")),
     *(f"adapters/{name}.py" for name in ("base", "sites", "layer", "_initialise", "attach", "targets", "stack")),
     *(f"lab/{name}.py" for name in ("racer", "tasks", "text_tasks", "encoder", "models", "schedules", "glosses")),
-    *(f"lab/{name}.py" for name in ("pretrained", "corpora")),
+    *(f"lab/{name}.py" for name in ("pretrained", "corpora", "arena/entry", "arena/grounds", "arena/methods")),
 )
 _TURNS = ("adapters/_rotating.py", "adapters/_turn.py", "adapters/_rotation.py", "linalg/_skew_places.py")
 _BLOCKS = (

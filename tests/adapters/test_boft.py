@@ -27,7 +27,7 @@ from orthokit.linalg import (
 
 def dense_rotation(config, v, width):
     """``F_0 F_1 ... F_{m-1}`` with every factor written out by linalg."""
-    Q = math.sqrt(32 / config.block_size) * unpack_skew(v.expand(-1, width // config.block_size, -1))
+    Q = (32 / config.block_size) ** 0.75 * unpack_skew(v.expand(-1, width // config.block_size, -1))
     return butterfly_matrix(cayley(Q))
 
 
@@ -165,7 +165,7 @@ def test_strength_zero_is_no_change_at_all_and_between_scales_every_generator():
     part(layer).strength = 0.0
     assert torch.allclose(layer(x), layer.base(x), rtol=1e-15) and torch.equal(layer.merged().weight, layer.base.weight)
     part(layer).strength = 0.5
-    Q = 0.5 * math.sqrt(8) * unpack_skew(part(layer).generator.detach())
+    Q = 0.5 * 8**0.75 * unpack_skew(part(layer).generator.detach())
     scale = 1 + 0.5 * (part(layer).scale.detach() - 1)
     expected = scale[:, None] * (layer.base.weight @ butterfly_matrix(cayley(Q)))
     assert torch.allclose(layer.merged().weight, expected, atol=1e-12)

@@ -185,7 +185,7 @@ def test_a_live_comparison_has_the_form_of_the_record(monkeypatch):
         raise ReportError("nothing recorded")
 
     monkeypatch.setattr(adapter_results, "load_evidence", missing)
-    monkeypatch.setattr(adapter_results, "budget_settings", lambda track: dict.fromkeys(ADAPTER_METHODS, (2, 10)))
+    monkeypatch.setattr(adapter_results, "adapter_budget", lambda track: dict.fromkeys(ADAPTER_METHODS, (2, 10)))
     live = adapter_live("tinygpt", seeds=[0, 1], steps=2, evaluations=1, names=["oft", "hra"], small=True)
     assert list(adapter_finals(live, "tinygpt")) == ["OFT", "HRA"] and len(live) == 2 * 2 * 2
     grid = adapter_study_rates("tinygpt")

