@@ -15,7 +15,7 @@ from orthokit.adapters._rotation import SkewMap, packed_rotation
 from orthokit.linalg import matrix_polynomial, unpack_skew
 from orthokit.linalg._skew_places import unpack
 
-__all__ = ["generator_bound", "plane_angles", "rotation_blocks", "turn_rows"]
+__all__ = ["generator_bound", "plane_angles", "rotation_blocks", "turn_into", "turn_rows"]
 
 
 def turn_rows(stack: Float[Tensor, "k b b"], x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
@@ -58,9 +58,21 @@ def _product(stack: Tensor, rows: Tensor) -> Tensor:
     b = stack.shape[-1]
     if len(stack) == 1:
         return (rows.reshape(-1, b) @ stack[0]).view(rows.shape)
-    k, y = len(stack), torch.empty_like(rows, memory_format=torch.contiguous_format)
-    torch.bmm(rows.view(-1, k, b).transpose(0, 1), stack, out=y.view(-1, k, b).transpose(0, 1))
+    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    turn_into(y, stack, rows)
     return y
+
+
+def turn_into(out: Float[Tensor, "rows n"], stack: Float[Tensor, "k b b"], rows: Float[Tensor, "rows n"]) -> None:
+    """``rows Diag(R_1, ..., R_k)`` into ``out``; one batched product that writes every block where it belongs.
+
+    Args:
+        out: Overwritten; may be some columns of a wider matrix.
+        stack: Blocks, ``k b = n``.
+        rows: Rows; may be some columns of a wider matrix.
+    """
+    shape = (len(rows), len(stack), stack.shape[-1])
+    torch.bmm(rows.view(shape).transpose(0, 1), stack, out=out.view(shape).transpose(0, 1))
 
 
 def _blockwise(rows: Tensor, g: Tensor, stack: Tensor) -> Tensor:

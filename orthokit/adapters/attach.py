@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,19 +14,25 @@ from orthokit.adapters.targets import (
     candidates,
     check_layers,
     chosen_layers,
+    forget_trained,
+    keep_trained,
     shared_weights,
+    trained_beside,
+    trained_modules,
     unfit,
     why_not,
+    within,
 )
-from orthokit.errors import OptionError, ParameterError
+from orthokit.errors import OptionError, ParameterError, unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["adapted_layers", "attach", "detach", "merge", "table", "unmerge"]
 
-# The names of the parameters that attach froze, kept on the model so that copies and pickles have them too.
-_FROZEN = "_frozen_for_adapters"
+# Kept on the model, so that copies and pickles have them too: the names of the parameters that attach froze, and the
+# layers that it left without an adapter, with the reason.
+_FROZEN, _MISFITS = "_frozen_for_adapters", "_without_adapters"
 
 
 def attach(
@@ -35,6 +41,8 @@ def attach(
     *,
     targets: Targets = "linear",
     name: str = "default",
+    train: str | Sequence[str] = (),
+    misfits: str = "refuse",
     freeze: bool | None = None,
     keep_base: bool = True,
     track_spectrum: bool = True,
@@ -50,6 +58,12 @@ def attach(
             function of the name: every layer they match, the head included.
         name: Of the adapter; default ``"default"``. A layer that has adapters already gets another one, which acts
             after them, closest to the weight. POET stands alone.
+        train: Shell patterns of names of modules that are trained as they are beside the adapters, such as the fresh
+            head of a classifier: they get none and are not frozen. :func:`save` keeps their weights with the adapters;
+            :func:`detach` does not undo their training. Default: none.
+        misfits: What to do with layers among the targets that the options do not suit, such as a width that the block
+            size does not divide. ``"refuse"`` (default): an error, which offers sizes that do. ``"leave"``: they stay
+            as they are, frozen, and :func:`table` says why; not for POET, which has a rule for them.
         freeze: Freeze every parameter of the model that is not an adapter's, until the adapters are merged or taken
             off. Default ``None``: yes, but for POET, with which the rest of the model trains.
         keep_base: POET: keep a copy of each weight, so that :func:`detach` can restore it; default ``True``. Other
@@ -62,8 +76,9 @@ def attach(
     Raises:
         ParameterError: Nothing matched, or a layer cannot be adapted, carries hooks, or (for POET) shares its weight
             with another. Nothing was changed.
-        OptionError: ``config`` is no adapter or does not suit a layer, the name is taken, or ``targets`` has the wrong
-            form. Nothing was changed.
+        OptionError: ``config`` is no adapter or does not suit a layer (with ``"leave"``: any layer), the name is taken,
+            or ``targets`` has the wrong form. Nothing was changed.
+        UnknownNameError: Another word for ``misfits``.
         DtypeError: A weight is not a real floating tensor.
 
     Example:
@@ -77,10 +92,16 @@ def attach(
     """
     if not isinstance(config, AdapterConfig):
         raise OptionError(f"config must be an adapter such as OFT(block_size=32); got {type(config).__name__}.")
-    chosen = chosen_layers(model, targets, config)
+    if misfits not in ("refuse", "leave"):
+        raise unknown_name("treatment of misfits", misfits, ("refuse", "leave"))
+    beside = trained_modules(model, train)
+    chosen = chosen_layers(model, targets, config, without=beside)
     check_layers(model, chosen, config)
     if isinstance(config, PartConfig):
-        return _attach_parts(model, chosen, config, name=name, freeze=freeze is None or freeze)
+        whole = _attach_parts(
+            model, chosen, config, name=name, freeze=freeze is None or freeze, beside=beside, leave=misfits == "leave"
+        )
+        return keep_trained(whole, beside)
     options = {"keep_base": keep_base, "track_spectrum": track_spectrum}
     # All are made before the first is put in: an error leaves the model as it was.
     adapted = {
@@ -88,27 +109,45 @@ def attach(
         for stream, (path, layer) in enumerate(chosen.items())
     }
     if freeze:
-        _freeze(model, {id(p) for new in adapted.values() for p in new.parameters()})
-    return _replace(model, adapted)
+        _freeze(model, {id(p) for new in adapted.values() for p in new.parameters()}, beside)
+    return keep_trained(_replace(model, adapted), beside)
 
 
 def _attach_parts(
-    model: nn.Module, chosen: dict[str, nn.Module], config: PartConfig, *, name: str, freeze: bool
+    model: nn.Module,
+    chosen: dict[str, nn.Module],
+    config: PartConfig,
+    *,
+    name: str,
+    freeze: bool,
+    beside: Sequence[str],
+    leave: bool,
 ) -> nn.Module:
     flags = {id(p): p.requires_grad for p in model.parameters()}
     new: dict[nn.Module, nn.Module] = {}
     extended: list[AdaptedLayer] = []
+    left: dict[str, str] = {}
     try:
         for stream, (path, layer) in enumerate(chosen.items()):
-            if isinstance(layer, AdaptedLayer):
-                layer.add(name, config, stream=stream)
-                extended.append(layer)
-            else:
-                adapted = AdaptedLayer(layer, name=path)
+            adapted = layer if isinstance(layer, AdaptedLayer) else AdaptedLayer(layer, name=path)
+            if layer is not adapted:
                 # Of before the first layer was frozen: two of them may share a weight.
                 adapted.trained_before = [flags[id(p)] for p in layer.parameters()]
+            try:
                 adapted.add(name, config, stream=stream)
+            except OptionError as error:
+                if not leave or name in adapted.adapters:
+                    raise
+                left[path] = str(error)
+                for p in layer.parameters():
+                    p.requires_grad_(flags.get(id(p), p.requires_grad))
+                continue
+            if isinstance(layer, AdaptedLayer):
+                extended.append(layer)
+            else:
                 new[layer] = adapted
+        if not new and not extended:
+            raise OptionError(f"the options suit no layer among the targets. {next(iter(left.values()))}")
     except Exception:
         for layer in extended:
             layer.remove(name)
@@ -117,9 +156,9 @@ def _attach_parts(
         raise
     if freeze:
         every = [*new.values(), *adapted_layers(model, missing_ok=True).values()]
-        _freeze(
-            model, {id(p) for layer in every if isinstance(layer, AdaptedLayer) for p in layer.adapters.parameters()}
-        )
+        parts = {id(p) for layer in every if isinstance(layer, AdaptedLayer) for p in layer.adapters.parameters()}
+        _freeze(model, parts, beside)
+    model.__dict__[_MISFITS] = model.__dict__.get(_MISFITS, {}) | left
     return _replace(model, new)
 
 
@@ -289,7 +328,8 @@ def table(model: nn.Module) -> pd.DataFrame:
 
     from orthokit.adapters.sites import kind_of
 
-    reasons, shared = why_not(model), shared_weights(model)
+    reasons, shared = why_not(model) | model.__dict__.get(_MISFITS, {}), shared_weights(model)
+    reasons |= {name: "trained as it is" for name, _ in candidates(model) if within(name, trained_beside(model))}
     rows: list[dict[str, Any]] = []
     for name, layer in candidates(model):
         tied = f"shares its weight: {shared[name][1]}" if name in shared else ""
@@ -308,9 +348,10 @@ def table(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "shape", "adapter", "trainable", "weights", "detail"])
 
 
-def _freeze(model: nn.Module, kept: set[int]) -> None:
-    """Freeze what is not among ``kept``, and remember which parameters that were."""
+def _freeze(model: nn.Module, kept: set[int], beside: Sequence[str]) -> None:
+    """Freeze what is neither among ``kept`` nor trained beside, and remember which parameters that were."""
     names = set(model.__dict__.get(_FROZEN, ()))
+    kept = kept | {id(p) for one in (*beside, *trained_beside(model)) for p in model.get_submodule(one).parameters()}
     for name, p in model.named_parameters():
         if id(p) not in kept and p.requires_grad:
             p.requires_grad_(False)
@@ -321,6 +362,8 @@ def _freeze(model: nn.Module, kept: set[int]) -> None:
 def _thaw(model: nn.Module) -> nn.Module:
     """Give back their gradients to the parameters that :func:`_freeze` froze."""
     names = set(model.__dict__.pop(_FROZEN, ()))
+    model.__dict__.pop(_MISFITS, None)
+    forget_trained(model)
     for name, p in model.named_parameters():
         if name in names:
             p.requires_grad_(True)

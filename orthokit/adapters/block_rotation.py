@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from orthokit.adapters._rotation import SkewMap, packed_rotation
+from orthokit.adapters._turn import turn_into
 from orthokit.linalg import (
     apply_blocks,
     block_sizes,
@@ -49,14 +50,11 @@ def turn(stacks: list[Tensor], X: Float[Tensor, "*rows n"]) -> Float[Tensor, "*r
 
 
 def _turn_in_place(stacks: list[Tensor], X: Tensor, covered: int) -> Tensor:
-    # One product a block, each written where it belongs: on a CPU up to twice as fast as a batched product, whose
-    # result has to be transposed into rows again.
     Y, start = torch.empty_like(X, memory_format=torch.contiguous_format), 0
     for stack in stacks:
-        for R in stack:
-            stop = start + R.shape[-1]
-            torch.mm(X[:, start:stop], R, out=Y[:, start:stop])
-            start = stop
+        stop = start + stack.shape[0] * stack.shape[-1]
+        turn_into(Y[:, start:stop], stack, X[:, start:stop])
+        start = stop
     Y[:, covered:] = X[:, covered:]
     return Y
 

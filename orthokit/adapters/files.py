@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from orthokit.adapters._install import Entry, Plan, check_finite, install, sharded
 from orthokit.adapters.base import PartConfig
 from orthokit.adapters.stack import stacked_layers
+from orthokit.adapters.targets import keep_trained, trained_beside
 from orthokit.errors import CheckpointError, OptionError, ParameterError, unknown_name
 
 __all__ = ["Stored", "load", "read", "read_json", "read_tensors", "save", "write_pair"]
 
-FORMAT, VERSION = "orthokit adapters", 1
+# 2: generators follow the block size by another power, and modules that were trained beside are there.
+FORMAT, VERSION = "orthokit adapters", 2
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
 
 
@@ -35,19 +37,22 @@ class Stored:
         layers: By layer, what it was: ``kind``, ``shape``, ``groups``, ``patch``, and ``active``, the names of the
             adapters that acted, in order.
         writer: The program that wrote it, with its version.
+        beside: By module, the state of what was trained as it is beside the adapters.
     """
 
     plan: Plan
     layers: Mapping[str, Mapping[str, Any]]
     writer: str
+    beside: Mapping[str, Mapping[str, Tensor]]
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None) -> Path:
     """Write the adapters of a model into a folder: their numbers, their options and the layers that they belong to.
 
     Args:
-        model: A model with adapters; not changed. The weights of the model itself are not written. Of a model that
-            FSDP2 has divided, all processes call this and the first one writes.
+        model: A model with adapters; not changed. Of the weights of the model itself only those of modules that
+            ``attach`` was told to train beside are written. Of a model that FSDP2 has divided, all processes call this
+            and the first one writes.
         folder: Made if it is not there. A pair of files that it held before is replaced.
         name: One adapter; default ``None``: all.
 
@@ -100,6 +105,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
             "adapters": there,
             "active": [one for one in layer.active if one in there],
         }
+    beside = {module: sorted(model.get_submodule(module).state_dict()) for module in trained_beside(model)}
+    for module in beside:
+        for leaf, tensor in model.get_submodule(module).state_dict().items():
+            parted = parted or sharded(tensor)
+            tensors[_beside(module, leaf)] = tensor.full_tensor() if sharded(tensor) else tensor
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ParameterError(
@@ -107,6 +117,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
         )
     manifest = {"format": FORMAT, "version": VERSION, "writer": _writer()}
     manifest |= {"configs": [described(config) for config in configs], "layers": listed}
+    manifest |= {"beside": beside}
     if not parted or torch.distributed.get_rank() == 0:
         write_pair(Path(folder), TENSORS, tensors, MANIFEST, manifest, digest=True)
     if parted:
@@ -126,7 +137,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
 
     Returns:
         ``model``. Adapters that are attached act in the order in which they acted when saved, after those that the
-        model had before. The model is frozen as by ``attach``.
+        model had before. The model is frozen as by ``attach``. Modules that were trained beside have their weights
+        overwritten, which :func:`detach` does not undo, and are trained beside again.
 
     Raises:
         CheckpointError: The files are missing, damaged, of another version or of another model (which layers, which
@@ -138,19 +150,37 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
         Exact where the model computes in the precision it had; numbers are rounded to that of the model otherwise.
     """
     stored = read(folder)
-    plan = stored.plan
+    plan, renamed = dict(stored.plan), {}
     if name is not None:
         if len(plan) == 1:
-            (only,) = plan
-            renamed = {
-                path: [name if one == only else one for one in it["active"]] for path, it in stored.layers.items()
-            }
-            return install(model, {name: plan[only]}, layers=stored.layers, order=renamed, source=str(folder))
+            renamed = dict.fromkeys(plan, name)
+            plan = dict(zip([name], plan.values(), strict=True))
         if name not in plan:
             raise unknown_name("adapter", name, plan)
         plan = {name: plan[name]}
-    order = {path: [one for one in it["active"] if one in plan] for path, it in stored.layers.items()}
-    return install(model, plan, layers=stored.layers, order=order, source=str(folder))
+    acting = {path: [renamed.get(one, one) for one in it["active"]] for path, it in stored.layers.items()}
+    order = {path: [one for one in names if one in plan] for path, names in acting.items()}
+    _check_beside(model, stored.beside, str(folder))
+    model = install(model, plan, layers=stored.layers, order=order, source=str(folder))
+    for module, state in stored.beside.items():
+        place = model.get_submodule(module)
+        place.load_state_dict(dict(state))
+        place.requires_grad_(True)
+    return keep_trained(model, list(stored.beside))
+
+
+def _check_beside(model: nn.Module, beside: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Raise unless the modules that were trained beside the adapters are in the model, with the same shapes."""
+    modules = dict(model.named_modules())
+    for module, state in beside.items():
+        own = {leaf: tuple(t.shape) for leaf, t in modules[module].state_dict().items()} if module in modules else {}
+        read = {leaf: tuple(t.shape) for leaf, t in state.items()}
+        if own != read:
+            found = f"there {own}" if own else "there is no such module"
+            raise CheckpointError(
+                f"{source} has the weights of {module!r}, which was trained beside the adapters: {read}; in the model "
+                f"{found}. Nothing was loaded."
+            )
 
 
 def read(folder: str | os.PathLike[str], *, finite: bool = True) -> Stored:
@@ -188,6 +218,10 @@ def read(folder: str | os.PathLike[str], *, finite: bool = True) -> Stored:
                 leaves = _leaves(tensors, path, one)
                 entry = Entry(configs[facts["config"]], leaves, strength=float(facts["strength"]))
                 plan.setdefault(one, {})[path] = entry
+        beside = {
+            str(module): {leaf: tensors.pop(_beside(module, leaf)) for leaf in leaves}
+            for module, leaves in manifest["beside"].items()
+        }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as cause:
         if isinstance(cause, CheckpointError):
             raise
@@ -197,7 +231,7 @@ def read(folder: str | os.PathLike[str], *, finite: bool = True) -> Stored:
         raise CheckpointError(f"{place} is damaged: it has {what}.")
     if finite:
         check_finite(plan, source=str(place))
-    return Stored(plan, layers, str(manifest.get("writer")))
+    return Stored(plan, layers, str(manifest.get("writer")), beside)
 
 
 def described(config: PartConfig) -> dict[str, Any]:
@@ -322,6 +356,10 @@ def _leaves(tensors: dict[str, Tensor], path: str, name: str) -> dict[str, Tenso
     """Take the tensors of one adapter of one layer out of ``tensors``."""
     start = _key(path, name, "")
     return {key.removeprefix(start): tensors.pop(key) for key in [key for key in tensors if key.startswith(start)]}
+
+
+def _beside(module: str, leaf: str) -> str:
+    return f"beside.{module}.{leaf}"
 
 
 def _key(path: str, name: str, leaf: str) -> str:

@@ -18,6 +18,7 @@ from orthokit.adapters.peft_layers import Parts, Written, check_layer, common, p
 from orthokit.adapters.peft_read import CONFIG, PREFIX, TENSORS
 from orthokit.adapters.peft_turns import boft_state, hra_state, oft_state
 from orthokit.adapters.stack import stacked_layers
+from orthokit.adapters.targets import trained_beside
 from orthokit.errors import ParameterError
 
 __all__ = ["PEFT_VERSION", "save_peft"]
@@ -32,7 +33,8 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | N
     Args:
         model: A model with adapters; not changed. PEFT is to be given the model without them (``detach``).
         folder: Made if it is not there; ``adapter_config.json`` and ``adapter_model.safetensors`` are replaced.
-        name: The adapter; default ``None``: the only one. Several are written one by one into folders of their own.
+        name: The adapter; default ``None``: the only one. Modules that are trained beside it become PEFT's
+            ``modules_to_save``. Several are written one by one into folders of their own.
             PEFT's forward pass applies several OFT adapters in the order in which they are active, as here; its merge
             takes them the other way round.
 
@@ -78,15 +80,18 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | N
                 raise ParameterError(f"{path!r}: {leaf} holds NaN or an infinity; nothing was written.")
     with torch.no_grad():
         config, tensors = _writer(kinds)(parts)
+    beside = trained_beside(model)
     values = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": "none",
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": beside or None,
         "peft_version": PEFT_VERSION,
         "target_modules": target_modules(model, parts),
         "task_type": None,
     }
+    for module in beside:
+        tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in model.get_submodule(module).state_dict().items()}
     named = {PREFIX + key: tensor for key, tensor in tensors.items()}
     return write_pair(Path(folder), TENSORS, named, CONFIG, values | config)
 

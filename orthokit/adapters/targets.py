@@ -15,7 +15,19 @@ from orthokit.adapters.sites import kind_of
 from orthokit.errors import NothingMatchedWarning, OptionError, ParameterError
 from orthokit.matrices import LeftOut, matrices
 
-__all__ = ["Targets", "candidates", "check_layers", "chosen_layers", "shared_weights", "why_not"]
+__all__ = [
+    "Targets",
+    "candidates",
+    "check_layers",
+    "chosen_layers",
+    "forget_trained",
+    "keep_trained",
+    "shared_weights",
+    "trained_beside",
+    "trained_modules",
+    "why_not",
+    "within",
+]
 
 Targets = str | Callable[[str], bool] | Sequence[str]
 _KINDS = {
@@ -24,6 +36,7 @@ _KINDS = {
     "embedding": ("embedding",),
     "all": ("linear", "conv1d_transposed", "conv", "embedding"),
 }
+_TRAINED = "_trained_beside_adapters"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -38,19 +51,65 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def chosen_layers(model: nn.Module, targets: Targets, config: AdapterConfig) -> dict[str, nn.Module]:
+def trained_modules(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """The outermost modules whose names match one of the patterns.
+
+    Raises:
+        ParameterError: A pattern matches none, or one that is frozen or has no weights.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ParameterError(f"train: {pattern!r} matches no module; there are {_some(names)}.")
+        found += [name for name in matched if not within(name, found)]
+    for name in found:
+        parameters = list(model.get_submodule(name).parameters())
+        if not parameters or not all(p.requires_grad for p in parameters):
+            why = "is frozen, in part at least" if parameters else "has no weights"
+            raise ParameterError(f"train: {name!r} {why}, so it cannot be trained; leave it out or unfreeze it first.")
+    return found
+
+
+def within(name: str, modules: Sequence[str]) -> bool:
+    """Whether a name is one of the modules, or of what is inside them."""
+    return any(name == one or name.startswith(f"{one}.") for one in modules)
+
+
+def trained_beside(model: nn.Module) -> list[str]:
+    """The modules that are trained as they are beside the adapters."""
+    return list(model.__dict__.get(_TRAINED, ()))
+
+
+def keep_trained(model: nn.Module, modules: Sequence[str]) -> nn.Module:
+    """Remember, on the model, modules that are trained beside its adapters."""
+    if modules:
+        model.__dict__[_TRAINED] = sorted({*trained_beside(model), *modules})
+    return model
+
+
+def forget_trained(model: nn.Module) -> None:
+    """Undo :func:`keep_trained`, when the last adapter is gone."""
+    model.__dict__.pop(_TRAINED, None)
+
+
+def chosen_layers(
+    model: nn.Module, targets: Targets, config: AdapterConfig, *, without: Sequence[str] = ()
+) -> dict[str, nn.Module]:
     """The layers to adapt by name, each once.
 
     Args:
         model: Any module.
         targets: A kind, patterns of names, or a function of the name.
         config: The adapter.
+        without: Modules that are left out, with all that is inside them.
 
     Raises:
         ParameterError: Nothing matches.
         OptionError: ``targets`` has another form.
     """
-    layers = dict(candidates(model))
+    layers = {name: layer for name, layer in candidates(model) if not within(name, without)}
     if isinstance(targets, str) and targets in _KINDS:
         return _of_kind(model, layers, targets, config)
     if callable(targets):

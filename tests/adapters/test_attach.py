@@ -1,13 +1,16 @@
 """Attaching, merging and detaching: what is adapted, what is not and why, and nothing half done."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from orthokit.adapters import POET, POETLinear, adapted_layers, attach, detach, merge, table
-from orthokit.errors import OptionError, ParameterError
+from orthokit.adapters import OFT, POET, LoRA, POETLinear, adapted_layers, attach, detach, merge, table
+from orthokit.adapters.layer import AdaptedLayer
+from orthokit.adapters.targets import trained_beside
+from orthokit.errors import OptionError, ParameterError, UnknownNameError
 from orthokit.lab import TinyGPT
 
 
@@ -146,3 +149,67 @@ def test_bad_requests_are_refused(unchecked):
             function(model)
     with pytest.raises(ParameterError, match="no linear layer"):
         attach(attach(model, POET(4)), POET(4))  # nothing is adapted twice
+
+
+# --- what is trained beside, and layers that the options do not suit
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(body=nn.Linear(8, 8), odd=nn.Linear(8, 7), rest=nn.Linear(7, 8), score=head()))
+
+
+def head():
+    return nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4))
+
+
+def test_a_head_is_trained_beside_the_adapters_and_keeps_no_adapter():
+    model = attach(classifier(), LoRA(2), train="score")
+    assert type(model.score[0]) is nn.Linear
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    beside = {"score.0.weight", "score.0.bias", "score.1.weight", "score.1.bias"}
+    assert beside < trained and all(".adapters." in name for name in trained - beside)
+    told = table(model).set_index("layer")["detail"]
+    assert told["score.0"] == "trained as it is"
+    attach(model, LoRA(1), targets="body", name="second")
+    assert model.score[0].weight.requires_grad, "a second adapter must not freeze it"
+    detach(model)
+    assert all(p.requires_grad for p in model.parameters()) and not trained_beside(model)
+
+
+@pytest.mark.parametrize(("train", "found"), [("no_such", "matches no module"), ("act", "has no weights")])
+def test_what_cannot_be_trained_beside_is_said_and_nothing_changes(train, found):
+    model = classifier()
+    model.act = nn.ReLU()
+    with pytest.raises(ParameterError, match=found):
+        attach(model, LoRA(2), train=train)
+    model.score.requires_grad_(False)
+    with pytest.raises(ParameterError, match="is frozen"):
+        attach(model, LoRA(2), train="score")
+    assert not any(isinstance(m, AdaptedLayer) for m in model.modules())
+
+
+def test_layers_that_the_options_do_not_suit_can_be_left_as_they_are():
+    model = classifier()
+    with pytest.raises(OptionError, match="block_size must divide"):
+        attach(model, OFT(4))
+    assert all(p.requires_grad for p in model.parameters()), "an error leaves the model as it was"
+    x = torch.randn(3, 8)
+    before = model(x)
+    attach(model, OFT(4), misfits="leave")
+    assert torch.equal(model(x), before)
+    told = table(model).set_index("layer")
+    assert told["adapter"].tolist() == ["oft", "oft", "none", "oft"]
+    assert "block_size must divide the 7 inputs" in told["detail"]["rest"]
+    assert not model.rest.weight.requires_grad
+    detach(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_options_that_suit_no_layer_are_an_error_all_the_same():
+    model = classifier()
+    with pytest.raises(OptionError, match="suit no layer"):
+        attach(model, OFT(16), misfits="leave")
+    with pytest.raises(UnknownNameError):
+        attach(model, OFT(4), misfits="skip")
+    assert all(p.requires_grad for p in model.parameters())

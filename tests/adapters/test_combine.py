@@ -34,7 +34,7 @@ TURNING = {
 ADDING = {"lora": LoRA(2, alpha=4), "pissa": LoRA(2, init="pissa"), "full": FullFineTuning()}
 
 
-def model_with(configs, *, size=0.15, seed=0):
+def model_with(configs, *, size=0.09, seed=0):
     """A small model with one adapter of each of ``configs``, named by its key and away from its start."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -152,7 +152,7 @@ def test_the_mean_of_several_balances_their_logarithms(n):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["oft", "oft exponential", "boft"])
 def test_an_adapter_and_its_inverse_cancel(kind, method):
-    model = several(TURNING[kind], 2, size=0.06)  # by less than a quarter turn, or the shortest way is the other one
+    model = several(TURNING[kind], 2, size=0.035)  # by less than a quarter turn, or the shortest way is the other one
     for layer in model:
         with torch.no_grad():
             layer.adapters["b"].generator.copy_(-layer.adapters["a"].generator)

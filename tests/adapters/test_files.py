@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -284,7 +285,7 @@ def _retensor(change):
         (lambda folder: (folder / "adapter.json").write_text("[1]"), "holds a list"),
         (lambda folder: (folder / "adapter.json").unlink(), "has no adapter.json; it holds 'adapter.safetensors'"),
         (_edit(format="other"), "its format is 'other'"),
-        (_edit(version=2), "has version 2 .* reads version 1"),
+        (_edit(version=1), "has version 1 .* reads version 2"),
         (_edit(configs=[]), "is damaged"),
         (_edit(layers={"0": {}}), "is damaged"),
         (_edit(layers={}), "tensors of no adapter"),
@@ -390,3 +391,33 @@ def test_weights_that_the_model_shares_may_stay_shared(tmp_path):
     again = load(plain, tmp_path)
     assert again.head.base.weight is again.table.base.weight
     assert torch.equal(again(torch.arange(9)), model(torch.arange(9)))
+
+
+def with_head(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(OrderedDict(body=nn.Linear(8, 8), score=nn.Linear(8, 3)))
+
+
+def test_what_was_trained_beside_is_written_and_read(tmp_path):
+    model = attach(with_head(0), OFT(4, init_std=0.1), train="score")
+    fresh = with_head(1)
+    fresh.body.load_state_dict(model.body.base.state_dict())
+    load(fresh, save(model, tmp_path))
+    x = torch.randn(5, 8)
+    assert torch.equal(fresh(x), model(x)) and fresh.score.weight.requires_grad
+    # It is written again from there.
+    again = with_head(2)
+    again.body.load_state_dict(model.body.base.state_dict())
+    assert torch.equal(load(again, save(fresh, tmp_path / "again"))(x), model(x))
+
+
+def test_a_head_of_another_shape_is_refused_and_nothing_changes(tmp_path):
+    save(attach(with_head(0), OFT(4, init_std=0.1), train="score"), tmp_path)
+    other = with_head(1)
+    other.score = nn.Linear(8, 5)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"'score', which was trained beside.*\(3, 8\).*\(5, 8\)"):
+        load(other, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    with pytest.raises(CheckpointError, match="no such module"):
+        load(nn.Sequential(OrderedDict(body=nn.Linear(8, 8))), tmp_path)

@@ -473,6 +473,19 @@ def test_peft_itself_computes_and_merges_what_was_written(peft, kind, config, tm
 @pytest.mark.peers
 @pytest.mark.usefixtures("quiet")
 @torch.no_grad()
+def test_peft_reads_a_head_that_was_trained_beside(peft, tmp_path):
+    model = attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), OFT(4, init_std=0.1), targets="0", train="1")
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    plain[0].load_state_dict(model[0].base.state_dict())
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), save_peft(model, tmp_path)).eval()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs(x), model(x), **CLOSE)
+    torch.testing.assert_close(load_peft(plain, tmp_path, weights="load")(x), model(x), **CLOSE)
+
+
+@pytest.mark.peers
+@pytest.mark.usefixtures("quiet")
+@torch.no_grad()
 @pytest.mark.parametrize("config", [LoRA(3), LoRA(3, 5.0, rank_stabilised=True), DoRA(3)])
 def test_peft_reads_what_was_written_for_gpt2s_layers(peft, config, tmp_path):
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
