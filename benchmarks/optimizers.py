@@ -1,10 +1,10 @@
 """One step of Muon: orthokit against every installed rival, AdamW and the rate at which the machine multiplies.
 
 Layouts: the matrices of a small GPT (6 layers of width 384, 10.6 million entries) with q, k, v and o apart (36
-matrices) or q, k and v fused (24), many small matrices, where calls are what costs, and four of 1024 x 1024. All
-optimizers of the kind run five Newton-Schulz steps on the same gradients. The roof is a stack of products, two of
-1024 x 1024 for each thread, in the fastest dtype here: a single one would keep one core busy only. Below each table
-stands what a step could cost at best: products at the rates that their own shapes reach, and passes over memory.
+matrices) or q, k and v fused (24), many small matrices and a single one, where calls are what costs, and four of 1024 x
+1024. All optimizers of the kind run five Newton-Schulz steps on the same gradients. The roof is a stack of products,
+two of 1024 x 1024 for each thread, in the fastest dtype here: a single one would keep one core busy only. Below each
+table stands what a step could cost at best: products at the rates that their own shapes reach, and passes over memory.
 """
 
 import importlib
@@ -199,7 +199,7 @@ def step_case(title: str, shapes: Shapes, options: Options, builders: dict[str, 
     work |= dict.fromkeys(plain, newton_schulz_flop(shapes)) | {name: product_flop}
     entries = sum(rows * columns for rows, columns in shapes)
     flop = f"{work['torch.optim.Muon'] / 1e9:.3g} GFLOP in five steps"
-    label = f"{title}: {len(shapes)} matrices, {entries / 1e6:.3g} M entries, {flop}"
+    label = f"{title}: {len(shapes)} matri{'x' if len(shapes) == 1 else 'ces'}, {entries / 1e6:.3g} M entries, {flop}"
     return Case(
         label, candidates | {name: product}, "torch.optim.Muon", work=work, roof=name, notes=(floor(shapes), note)
     )
@@ -212,11 +212,15 @@ def cases(options: Options) -> Iterator[Case]:
         "GPT, q k v o apart": gpt_shapes(layers, width),
         "GPT, q k v fused": gpt_shapes(layers, width, fused=True),
         "many of 32 x 32": [(32, 32)] * (8 if options.quick else 64),
+        "one of 16 x 16": [(16, 16)],
+        "one of 64 x 64": [(64, 64)],
     }
     if not options.quick:
         layouts |= {
             "many of 64 x 64": [(64, 64)] * 64,
             "many of 128 x 128": [(128, 128)] * 32,
+            "one of 128 x 128": [(128, 128)],
+            "one of 256 x 256": [(256, 256)],
             "few of 1024 x 1024": [(1024, 1024)] * 4,
         }
     builders, found = rivals()

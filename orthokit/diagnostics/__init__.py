@@ -1,7 +1,32 @@
 """Measurements of weights, gradients and momentum: spectra, energy, subspaces, and the theory to hold them against."""
 
+from orthokit.diagnostics.activations import (
+    ActivationGeometry,
+    Pointwise,
+    activation_geometry,
+    collect_activations,
+    gram_distortion,
+    linear_cka,
+    pointwise,
+    procrustes_residual,
+    raw_distance,
+    subspace_distance,
+)
 from orthokit.diagnostics.bounds import GapBounds, gap_theorem_bounds, gap_theorem_window, wedin_bound, weyl_bounds
+from orthokit.diagnostics.concentration import Concentration, concentration, token_entropy, top_k_mass
+from orthokit.diagnostics.drift import CapabilityDrift, capability_drift
 from orthokit.diagnostics.energy import expected_energy, hyperspherical_energy, projected_energy, simplex_energy
+from orthokit.diagnostics.features import (
+    DecayFit,
+    PowerLaw,
+    alpha_req,
+    decay_fit,
+    feature_values,
+    power_law_alpha,
+    rankme,
+)
+from orthokit.diagnostics.forgetting import ForgettingMatrix, forgetting_matrix
+from orthokit.diagnostics.front import hypervolume, pareto_front
 from orthokit.diagnostics.momentum import (
     alignment,
     beta_for_window,
@@ -14,6 +39,17 @@ from orthokit.diagnostics.momentum import (
     white_noise_suppression,
 )
 from orthokit.diagnostics.monitor import Monitor
+from orthokit.diagnostics.profiles import (
+    ThinSVD,
+    WeightProfiles,
+    adaptation_profile,
+    fluctuation,
+    retention_drift,
+    retention_profile,
+    singular_vector_alignment,
+    thin_svd,
+    weight_profiles,
+)
 from orthokit.diagnostics.randommatrix import (
     buffer_noise,
     noise_edge,
@@ -23,45 +59,87 @@ from orthokit.diagnostics.randommatrix import (
     spike_positions,
     survival_threshold,
 )
+from orthokit.diagnostics.safe_step import SafeStep, StepController, logit_slopes, safe_radius, safe_step_radius
 from orthokit.diagnostics.spectrum import effective_rank, low_rank_part, spectrum, stable_rank
 from orthokit.diagnostics.subspace import principal_angles, subspace_error, top_subspace
 from orthokit.diagnostics.synthetic import SignalPlusPerturbation, published_sigmas, published_strengths
 
 __all__ = [
+    "ActivationGeometry",
+    "CapabilityDrift",
+    "Concentration",
+    "DecayFit",
+    "ForgettingMatrix",
     "GapBounds",
     "Monitor",
+    "Pointwise",
+    "PowerLaw",
+    "SafeStep",
     "SignalPlusPerturbation",
+    "StepController",
+    "ThinSVD",
+    "WeightProfiles",
+    "activation_geometry",
+    "adaptation_profile",
     "alignment",
+    "alpha_req",
     "beta_for_window",
     "buffer_noise",
+    "capability_drift",
+    "collect_activations",
+    "concentration",
+    "decay_fit",
     "effective_rank",
     "effective_samples",
     "expected_energy",
+    "feature_values",
+    "fluctuation",
+    "forgetting_matrix",
     "gap_theorem_bounds",
     "gap_theorem_window",
+    "gram_distortion",
     "hyperspherical_energy",
+    "hypervolume",
+    "linear_cka",
+    "logit_slopes",
     "low_rank_part",
     "momentum_buffers",
     "noise_edge",
     "noise_suppression",
+    "pareto_front",
     "pipelines",
+    "pointwise",
     "polar_only_threshold",
+    "power_law_alpha",
     "principal_angles",
+    "procrustes_residual",
     "projected_energy",
     "published_sigmas",
     "published_strengths",
     "rank_one_alignment",
+    "rankme",
+    "raw_distance",
+    "retention_drift",
+    "retention_profile",
+    "safe_radius",
+    "safe_step_radius",
     "signal_persistence",
     "simplex_energy",
+    "singular_vector_alignment",
     "spectral_gap",
     "spectrum",
     "spike_cosines",
     "spike_positions",
     "stable_rank",
+    "subspace_distance",
     "subspace_error",
     "survival_threshold",
+    "thin_svd",
+    "token_entropy",
+    "top_k_mass",
     "top_subspace",
     "wedin_bound",
+    "weight_profiles",
     "weyl_bounds",
     "white_noise_suppression",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
 
@@ -72,7 +73,7 @@ def collect_activations(
             raise unknown_name("layer", name, modules)
     seen: dict[str, list[Tensor]] = {}
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    hooks = [modules[name].register_forward_hook(_recorder(seen, name, what)) for name in rows]
+    hooks = [_hooked(modules[name], seen, name, what) for name in rows]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -101,17 +102,19 @@ def _call(model: nn.Module, batch: Any) -> object:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _recorder(seen: dict[str, list[Tensor]], name: str, what: str) -> Callable[..., None]:
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        found = output if what == "output" else inputs
+def _hooked(module: nn.Module, seen: dict[str, list[Tensor]], name: str, what: str) -> RemovableHandle:
+    def record(found: Any) -> None:
         found = found[0] if isinstance(found, tuple) and found else found
         if not isinstance(found, Tensor):
             raise DtypeError(f"the {what} of layer {name!r} must be a tensor; got {type(found).__name__}.")
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            found = found.movedim(1, -1)
-        seen.setdefault(name, []).append(found.detach())
+        found = found.detach().clone()  # now: the next layer may work in place
+        channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        seen.setdefault(name, []).append(found.movedim(1, -1) if channels_first else found)
 
-    return record
+    # Inputs before the layer runs, because the layer itself may work in place.
+    if what == "input":
+        return module.register_forward_pre_hook(lambda module, inputs: record(inputs))
+    return module.register_forward_hook(lambda module, inputs, output: record(output))
 
 
 def _once(seen: dict[str, list[Tensor]], name: str) -> Tensor:
@@ -123,8 +126,7 @@ def _once(seen: dict[str, list[Tensor]], name: str) -> Tensor:
 
 def _kept(X: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if mask is None:
-        # A copy, so that a layer working in place later cannot change what was seen.
-        return X.reshape(-1, X.shape[-1]).clone()
+        return X.reshape(-1, X.shape[-1])
     if mask.dtype != torch.bool:
         raise DtypeError(f"keep must give a boolean mask; got {mask.dtype}. Use mask.bool().")
     if mask.shape != X.shape[:-1]:

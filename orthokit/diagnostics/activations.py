@@ -16,11 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.device import generator as seeded_generator
 from orthokit.diagnostics import _geometry as kernels
 from orthokit.diagnostics._collect import collect_activations
-from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
-from orthokit.linalg._check import check_finite, working_dtype
+from orthokit.diagnostics.similarity import (
+    Pointwise,
+    gram_distortion,
+    linear_cka,
+    pointwise,
+    procrustes_residual,
+    raw_distance,
+    subspace_distance,
+)
 
 __all__ = [
     "ActivationGeometry",
@@ -35,26 +41,7 @@ __all__ = [
     "subspace_distance",
 ]
 
-_EPS = 1e-12  # guard of the denominators, as published
-_ENOUGH = 4  # tokens a dimension
 _PUBLISHED_RANKS = (32, 64)
-
-
-@dataclass(frozen=True)
-class Pointwise:
-    """Token by token, without any alignment: means over the tokens whose activations are nonzero in both models.
-
-    Args:
-        cosine: Mean cosine between the two activations of a token.
-        angle: Mean angle between them, radians.
-        log_norm_ratio: Mean absolute logarithm of the ratio of their norms.
-        tokens: How many tokens that is; with none the means are NaN.
-    """
-
-    cosine: float
-    angle: float
-    log_norm_ratio: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ def activation_geometry(
         X1: Of the finetuned model, same tokens in the same rows, same shape.
         centre: Subtract column means where the measure is defined on centred activations (default).
         ranks: For :func:`subspace_distance`; default the published 32 and 64 as far as they are below ``N`` and ``d``,
-            and ``max(1, min(N, d) // 4)`` if neither is.
+            and ``max(1, min(N, d) // 4)`` if neither is. ``()`` for none.
         rows: Rows compared by :func:`gram_distortion`, drawn with ``seed``; ``None`` for all.
         seed: Of that draw.
         reduce: Compare the best rank-``k`` approximations of both (their own principal components) in ``raw``,
@@ -151,38 +138,46 @@ def activation_geometry(
         Z. Huang et al., PEFT-Arena, arXiv 2605.28819, activation geometry. Differences: they allow fewer tokens than
         dimensions, where a rotation can fit noise; we refuse or flag.
     """
-    A0, A1 = _pair(X0, X1)
+    A0, A1 = kernels.pair(X0, X1)
     n, d = A0.shape
     ranks = _default_ranks(n, d) if ranks is None else ranks
     for rank in ranks:
-        _check_range(rank, "ranks", min(n, d))
-    width, enough = _enough(n, d, reduce=reduce, few=few)
-    B0, B1 = (_centred(A) for A in (A0, A1)) if centre else (A0, A1)
-    own = [B.mT @ B for B in (B0, B1)] if n >= d else [None, None]
-    top = max([*ranks, reduce or 0], default=0)
-    bases = [kernels.top_directions(B, top, C)[0] for B, C in zip((B0, B1), own, strict=True)] if top else []
-    has = _directions(B0, B1, own)
-    distances = {
-        rank: kernels.unaligned(*(V[:, :rank] for V in bases)).item() if rank <= has else math.nan for rank in ranks
-    }
-    if reduce is None:
-        raw, (C0, C1) = B1 - B0, (kernels.compress(B) for B in (B0, B1))
-    else:
-        C0, C1 = (B @ V[:, :reduce] for B, V in zip((B0, B1), bases, strict=True))
-        raw = C1 @ bases[1][:, :reduce].mT - C0 @ bases[0][:, :reduce].mT
+        kernels.check_range("ranks", rank, min(n, d))
+    width, enough = kernels.enough_tokens(n, d, reduce=reduce, few=few)
+    B0, B1 = (kernels.centred(A) if centre else A for A in (A0, A1))
+    C0, C1 = kernels.compress(B0), kernels.compress(B1)
+    own0, own1 = C0.mT @ C0, C1.mT @ C1
+    raw, distances = B1 - B0, {}
+    if ranks or reduce is not None:
+        top = max(*ranks, reduce or 1, 1)
+        V0, has0 = kernels.top_directions(B0, top, own0 if n >= d else None)
+        V1, has1 = kernels.top_directions(B1, top, own1 if n >= d else None)
+        distances = {
+            rank: kernels.unaligned(V0[:, :rank], V1[:, :rank]).item() if rank <= min(has0, has1) else math.nan
+            for rank in ranks
+        }
+        if reduce is not None:
+            V0, V1 = V0[:, :reduce], V1[:, :reduce]
+            C0, C1 = B0 @ V0, B1 @ V1
+            own0, own1, raw = C0.mT @ C0, C1.mT @ C1, C1 @ V1.mT - C0 @ V0.mT
     cross = C1.mT @ C0
-    owns = own if reduce is None and n >= d else [C.mT @ C for C in (C0, C1)]
-    base = torch.linalg.matrix_norm(C0) + _EPS
-    moved, left = (torch.linalg.matrix_norm(raw) / base).item(), (kernels.procrustes(C0, C1, cross) / base).item()
+    size = torch.linalg.matrix_norm(C0) + kernels.EPS
+    moved = torch.linalg.matrix_norm(raw) / size
+    # No rotation at all is one of the choices: rounding must not put the best one above it.
+    left = torch.minimum(kernels.procrustes(C0, C1, cross) / size, moved)
     return ActivationGeometry(
-        raw=moved,
-        procrustes=left,
-        improvement=moved - left,
-        gram=_gram(A0, A1, rows, seed).item(),
-        cka=kernels.cka(cross, *(C for C in owns if C is not None)).item(),
+        raw=moved.item(),
+        procrustes=left.item(),
+        improvement=(moved - left).item(),
+        gram=kernels.sampled_gram(A0, A1, rows, seed).item(),
+        cka=kernels.cka(cross, own0, own1).item(),
         subspace=distances,
-        pointwise=_pointwise(A0, A1),
+        pointwise=pointwise(X0, X1),
         samples=n,
         width=width,
         enough=enough,
     )
+
+
+def _default_ranks(n: int, d: int) -> list[int]:
+    return [rank for rank in _PUBLISHED_RANKS if rank < min(n, d)] or [max(1, min(n, d) // 4)]

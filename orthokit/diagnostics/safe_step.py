@@ -1,4 +1,4 @@
-r"""How far a step may go before the softmax stops being described by its Taylor series, and a step that stays inside."""
+r"""How far a step may go before the softmax leaves the reach of its Taylor series, and steps that stay inside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from orthokit.diagnostics._modes import evaluating
 from orthokit.errors import NonFiniteError, OptionError, ParameterError, ShapeError
 
 __all__ = ["SafeStep", "StepController", "logit_slopes", "safe_radius", "safe_step_radius"]
@@ -47,7 +48,7 @@ def safe_radius(
         NonFiniteError: A NaN or an infinity.
 
     Example:
-        >>> safe_radius(torch.tensor([1.0, 3.0, -1.0])).item() == torch.pi / 4
+        >>> abs(safe_radius(torch.tensor([1.0, 3.0, -1.0])).item() - torch.pi / 4) < 1e-6
         True
 
     Numerics:
@@ -113,11 +114,11 @@ def logit_slopes(
         return functional_call(frame, {f"model.{name}": value for name, value in values.items()}, (inputs,))
 
     # The fused attention kernels have no forward derivative; the plain one is the same function.
-    with _evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # The first forward derivative of a process makes torch compile helpers in a way that torch itself deprecates.
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
-        logits, slopes = jvp(logits_at, (moving,), (parts,))
-    return logits, slopes
+        found = jvp(logits_at, (moving,), (parts,))
+    return found[0], found[1]
 
 
 def safe_step_radius(
@@ -223,7 +224,7 @@ class StepController:
         self.scale = 1.0
 
     @contextmanager
-    def around(self, model: nn.Module, inputs: Tensor, *, scores: Scores | None = None) -> Iterator[None]:
+    def around(self, model: nn.Module, inputs: object, *, scores: Scores | None = None) -> Iterator[None]:
         """Put this around ``optimizer.step()``.
 
         Args:
@@ -287,15 +288,3 @@ class _Frame(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.model(inputs) if self.scores is None else self.scores(self.model, inputs)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode: dropout would draw, and normalisation over the batch would learn, from a measurement."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

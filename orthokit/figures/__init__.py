@@ -2,7 +2,9 @@
 
 from orthokit.figures.adapter_rates import loss_by_budget, rates_by_block, tuned_rates
 from orthokit.figures.adapters import gain_and_loss, kept_and_broken, requantised, step_costs
+from orthokit.figures.arena import correlation_forest, direction_profiles, distortion_scatter, layer_map
 from orthokit.figures.coefficients import accuracy_cost, before_after, scaling_ranges, table_maps
+from orthokit.figures.continual import forgetting_matrices, penalty_weights
 from orthokit.figures.curves import loss_curves, scalar_history
 from orthokit.figures.display import (
     RENDERERS,
@@ -15,6 +17,7 @@ from orthokit.figures.display import (
     without_caption,
 )
 from orthokit.figures.energy import energy_by_dimension, energy_by_matrix, energy_change, energy_pairs, sphere
+from orthokit.figures.front import rates_and_scores, stability_plasticity, ways_back
 from orthokit.figures.gap import gap_by_beta, gap_heatmap
 from orthokit.figures.intervals import mean_interval, t_quantile
 from orthokit.figures.maps import error_laws, error_parity, map_adviser, merge_drift, singular_values_by_angle
@@ -33,6 +36,13 @@ from orthokit.figures.pion import (
 )
 from orthokit.figures.poet import drift_causes, memory_modes, spectrum_drift
 from orthokit.figures.race import race_curves, race_ranking, rate_sensitivity
+from orthokit.figures.representation import (
+    phase_forest,
+    rank_after_finetuning,
+    rank_and_loss,
+    rank_by_layer,
+    rank_phases,
+)
 from orthokit.figures.spectra import coefficient_map, spectra, spectrum_bars, spectrum_heatmap, spectrum_ratio
 from orthokit.figures.template import COLOURS, DASHES, DIVERGING, FONT, SEQUENTIAL, SYMBOLS, TEMPLATE
 from orthokit.figures.turns import error_at_angle, matrix_picture, pair_angles, spectrum_before_after
@@ -53,6 +63,9 @@ __all__ = [
     "before_after",
     "browser_path",
     "coefficient_map",
+    "correlation_forest",
+    "direction_profiles",
+    "distortion_scatter",
     "drift_budget",
     "drift_causes",
     "energy_by_dimension",
@@ -63,10 +76,12 @@ __all__ = [
     "error_laws",
     "error_parity",
     "figure_json",
+    "forgetting_matrices",
     "gain_and_loss",
     "gap_by_beta",
     "gap_heatmap",
     "kept_and_broken",
+    "layer_map",
     "loss_by_budget",
     "loss_curves",
     "map_adviser",
@@ -76,12 +91,19 @@ __all__ = [
     "merge_drift",
     "noise_suppression",
     "pair_angles",
+    "penalty_weights",
+    "phase_forest",
     "png",
     "projection_arrows",
     "race_curves",
     "race_ranking",
+    "rank_after_finetuning",
+    "rank_and_loss",
+    "rank_by_layer",
+    "rank_phases",
     "rate_range",
     "rate_sensitivity",
+    "rates_and_scores",
     "rates_by_block",
     "requantised",
     "scalar_history",
@@ -97,11 +119,13 @@ __all__ = [
     "spectrum_kept",
     "spectrum_ratio",
     "sphere",
+    "stability_plasticity",
     "stationarity_split",
     "step_costs",
     "subspace_error",
     "t_quantile",
     "table_maps",
     "tuned_rates",
+    "ways_back",
     "without_caption",
 ]

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from orthokit.device import fast_matmul_dtype
 from orthokit.diagnostics.monitor import Monitor
+from orthokit.diagnostics.safe_step import StepController
 from orthokit.errors import NonFiniteError, OptionError, RunError, unknown_name
 from orthokit.lab._snapshot import restore, snapshot
 from orthokit.lab.progress import Progress
+from orthokit.lab.projection import GradientProjection, constrained
+from orthokit.lab.regularisers import Penalties, Penalty
 from orthokit.lab.runs import Run
 from orthokit.lab.schedules import lr_factor
 from orthokit.lab.tasks import Task
@@ -45,6 +48,9 @@ def fit(
     log_every: int = 1,
     checkpoint_every: int | None = None,
     precision: str = "auto",
+    penalty: Penalty | Penalties | None = None,
+    project: GradientProjection | None = None,
+    step_controller: StepController | None = None,
     monitor: Monitor | None = None,
     run: str | Run | None = None,
     root: str | Path | None = None,
@@ -75,6 +81,9 @@ def fit(
         log_every: Steps between records of the training loss, ``>= 1``; default 1.
         checkpoint_every: Steps between checkpoints, ``>= 1``; default every 30 seconds. Also at the start and end.
         precision: ``"float32"``, ``"bfloat16"`` (autocast) or ``"auto"`` (default): autocast where it is fast.
+        penalty: Added to the loss, such as :class:`EWC`; recorded as ``penalty``, not in ``loss``. Default none.
+        project: Keeps gradients and steps out of a space; see :class:`GradientProjection`. Default none.
+        step_controller: Shortens steps that are too long; recorded as ``step_ratio`` and ``step_scale``. Default none.
         monitor: Looks at the weights and momentum now and then; see :class:`orthokit.diagnostics.Monitor`.
         run: Name of the run or a :class:`Run` open for writing; default a name from the time.
         root: Folder of runs; default ``$ORTHOKIT_RUNS``, else ``./runs``.
@@ -127,6 +136,9 @@ def fit(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         **task.describe(),
+        **{
+            k: v for part in (penalty, project, step_controller) if part is not None for k, v in part.describe().items()
+        },
         **(config or {}),
     }
     record, first, base = _open(run, root, resume, settings, model, optimizer)
@@ -142,6 +154,9 @@ def fit(
         evaluate_every=evaluate_every or max(1, steps // 20),
         log_every=log_every,
         checkpoint_every=checkpoint_every,
+        penalty=penalty,
+        project=project,
+        step_controller=step_controller,
         monitor=monitor,
         on_step=on_step,
     )
@@ -178,6 +193,9 @@ class _Loop:
     evaluate_every: int
     log_every: int
     checkpoint_every: int | None
+    penalty: Penalty | Penalties | None
+    project: GradientProjection | None
+    step_controller: StepController | None
     monitor: Monitor | None
     on_step: Callable[[int, float], None] | None
     saved_at: float = 0.0
@@ -208,22 +226,30 @@ class _Loop:
         factor = lr_factor(step, **self.shape)
         self.set_lr(factor)
         self.model.train()
+        batch = self.task.batch(step)
         with self.precision():
-            loss = self.task.loss(self.model, self.task.batch(step))
-        loss.backward()
+            loss = self.task.loss(self.model, batch)
+        extra = None if self.penalty is None else self.penalty(self.model)
+        (loss if extra is None else loss + extra).backward()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss must stay finite; it is {value} at step {done}. Lower the learning rate.")
+        if self.project is not None:
+            self.project.gradients(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip is not None else math.inf)
         if not math.isfinite(float(norm)):
             raise NonFiniteError(
                 f"gradients must stay finite; their norm is {float(norm)} at step {done}. Lower the learning rate."
             )
-        self.optimizer.step()
+        controller = self.step_controller
+        with constrained(self.model, batch[0], self.task, project=self.project, step_controller=controller):
+            self.optimizer.step()
         scalars: dict[str, float] = {}
         if done % self.log_every == 0 or last:
             scalars |= {"loss": value, "lr": self.base[0] * factor, "grad_norm": float(norm)}
+            scalars |= {} if extra is None else {"penalty": float(extra.detach())}
+            scalars |= {} if controller is None else {"step_ratio": controller.ratio, "step_scale": controller.scale}
         if done % self.evaluate_every == 0 or last:
             scalars |= self.evaluate()
         if scalars:
@@ -285,6 +311,10 @@ def _check_counts(*, steps: int, **periods: int | None) -> None:
     for name, value in {"steps": steps, **periods}.items():
         if value is not None and value < 1:
             raise OptionError(f"{name} must be at least 1; got {value}.")
+
+
+def _described(*parts: Penalty | Penalties | GradientProjection | StepController | None) -> dict[str, Any]:
+    return {key: value for part in parts if part is not None for key, value in part.describe().items()}
 
 
 def _autocast_dtype(model: nn.Module, precision: str) -> torch.dtype | None:

@@ -8,7 +8,10 @@ import time
 import torch
 from torch import nn
 
+from orthokit.diagnostics.safe_step import StepController
 from orthokit.errors import NonFiniteError, OptionError
+from orthokit.lab.projection import GradientProjection, constrained
+from orthokit.lab.regularisers import Penalties, Penalty
 from orthokit.lab.schedules import lr_factor
 from orthokit.lab.tasks import Task
 
@@ -29,6 +32,9 @@ class Racer:
         schedule: See :func:`orthokit.lab.lr_factor`; default ``"cosine"``.
         warmup: Steps of linear warm-up; default a twentieth of the run.
         clip: Largest global norm of the gradient, ``> 0``; default 1.
+        penalty: As for :func:`orthokit.lab.fit`; default none.
+        project: As for :func:`orthokit.lab.fit`; default none.
+        step_controller: As for :func:`orthokit.lab.fit`; default none.
 
     Raises:
         OptionError: A number out of range.
@@ -52,10 +58,14 @@ class Racer:
         schedule: str = "cosine",
         warmup: int | None = None,
         clip: float = 1.0,
+        penalty: Penalty | Penalties | None = None,
+        project: GradientProjection | None = None,
+        step_controller: StepController | None = None,
     ) -> None:
         if steps < 1 or not clip > 0:
             raise OptionError(f"need steps >= 1 and clip > 0; got steps={steps}, clip={clip}.")
         self.model, self.task, self.optimizer, self.clip = model, task, optimizer, clip
+        self.penalty, self.project, self.step_controller = penalty, project, step_controller
         self.shape = {
             "steps": steps,
             "schedule": schedule,
@@ -81,8 +91,11 @@ class Racer:
         begun = time.thread_time()
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.model, self.task.batch(self.step))
-        loss.backward()
+        batch = self.task.batch(self.step)
+        loss = self.task.loss(self.model, batch)
+        (loss if self.penalty is None else loss + self.penalty(self.model)).backward()
+        if self.project is not None:
+            self.project.gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         value = float(loss.detach())
         if not math.isfinite(value) or not math.isfinite(float(norm)):
@@ -94,7 +107,9 @@ class Racer:
         for group, rate in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = rate * factor
         between = time.thread_time()
-        self.optimizer.step()
+        limits = {"project": self.project, "step_controller": self.step_controller}
+        with constrained(self.model, batch[0], self.task, **limits):
+            self.optimizer.step()
         now = time.thread_time()
         self.seconds += now - begun
         self.update_seconds += now - between

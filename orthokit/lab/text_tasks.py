@@ -1,4 +1,4 @@
-"""Tasks on short texts: which broad class of meaning a dictionary definition belongs to."""
+"""Tasks on short texts: the broad class of meaning of a dictionary definition, the era of a piece of a speech."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orthokit.errors import MissingExtraError, OptionError
-from orthokit.lab.glosses import glosses
+from orthokit.errors import MissingExtraError, OptionError, unknown_name
+from orthokit.lab.eras import EraSet, eras
+from orthokit.lab.glosses import GlossSet, glosses
 from orthokit.lab.pretrained import sentence_files
 from orthokit.lab.tasks import Batch, Task, _step_generator, _to_model
 
 __all__ = ["TextClassification", "text_classification", "tokenize"]
 
 _AT_ONCE = 64
+_PARTS = ("noun", "verb", "era")
 
 
 @lru_cache(maxsize=1)
@@ -58,30 +60,36 @@ def tokenize(texts: list[str] | tuple[str, ...], *, length: int = 24) -> Int64[T
     return torch.tensor([one.ids for one in found], dtype=torch.int64)
 
 
-@lru_cache(maxsize=8)
+def _texts(part: str) -> GlossSet | EraSet:
+    if part not in _PARTS:
+        raise unknown_name("text task", part, _PARTS)
+    return eras() if part == "era" else glosses(part)
+
+
+@lru_cache(maxsize=16)
 def _tokens(part: str, split: str, count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Evenly spaced definitions of a split and their labels, made once."""
-    rows = getattr(glosses(part), split)
+    """Evenly spaced texts of a split and their labels, made once."""
+    rows = getattr(_texts(part), split)
     index = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().unique().tolist()
     return tokenize([rows[i][0] for i in index], length=length), torch.tensor([rows[i][1] for i in index])
 
 
 class TextClassification(Task):
-    """Class prediction on definitions; see :func:`text_classification`."""
+    """Class prediction on short texts; see :func:`text_classification`."""
 
     metric = "test_error"
-    unit = "share of test definitions"
+    unit = "share of test texts"
 
     def __init__(self, part: str, *, batch: int, seed: int, length: int, train: int, test: int) -> None:
         if min(batch, train, test) < 1:
             raise OptionError(f"every size must be at least 1; got batch={batch}, train={train}, test={test}.")
         self.name, self.batch_size, self.seed, self.length = part, batch, seed, length
-        self.classes = glosses(part).classes
+        self.classes = _texts(part).classes
         self.train_ids, self.train_labels = _tokens(part, "train", train, length)
         self.test_ids, self.test_labels = _tokens(part, "test", test, length)
 
     def batch(self, step: int) -> Batch:
-        """Training definitions drawn with replacement, cut to the longest of them."""
+        """Training texts drawn with replacement, cut to the longest of them."""
         g = _step_generator(self.seed, step)
         index = torch.randint(len(self.train_labels), (self.batch_size,), generator=g)
         return _trimmed(self.train_ids[index]), self.train_labels[index]
@@ -93,7 +101,7 @@ class TextClassification(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Error rate and loss on the test definitions."""
+        """Error rate and loss on the test texts."""
         # Sorted by length, a batch has little padding.
         order = (self.test_ids != 0).sum(1).argsort(stable=True)
         wrong, loss = 0.0, 0.0
@@ -120,21 +128,22 @@ class TextClassification(Task):
 def text_classification(
     part: str = "noun", *, batch: int = 16, seed: int = 0, length: int = 24, train: int = 8000, test: int = 512
 ) -> TextClassification:
-    """Supersense of a definition from its text, for models that take tokens of all-MiniLM-L6-v2.
+    """Class of a short text, for models that take tokens of all-MiniLM-L6-v2.
 
     Args:
-        part: ``"noun"`` (24 classes) or ``"verb"`` (14 classes).
-        batch: Definitions a step, ``>= 1``; default 16.
+        part: ``"noun"`` (24 classes) or ``"verb"`` (14 classes): the supersense of a definition. ``"era"`` (4 classes):
+            when a piece of an address was given, with test pieces from other speeches.
+        batch: Texts a step, ``>= 1``; default 16.
         seed: Seed of the stream of batches; default 0.
-        length: Tokens kept of a definition; default 24.
-        train: Definitions of the training split that are used, evenly spaced; default 8000.
+        length: Tokens kept of a text; default 24.
+        train: Texts of the training split that are used, evenly spaced; default 8000.
         test: The same of the test split; default 512.
 
     Returns:
         The task; its texts are cut into tokens once.
 
     Raises:
-        UnknownNameError: No such part of speech.
+        UnknownNameError: No such task.
         OptionError: A size out of range.
         MissingExtraError: The tokenizer or its vocabulary is not installed.
 
@@ -144,7 +153,7 @@ def text_classification(
         torch.Size([4])
 
     References:
-        The definitions are those of :func:`orthokit.lab.glosses`.
+        The definitions are those of :func:`orthokit.lab.glosses`, the pieces those of :func:`orthokit.lab.eras.eras`.
     """
     return TextClassification(part, batch=batch, seed=seed, length=length, train=train, test=test)
 

@@ -27,6 +27,8 @@ _MOST_POLISH = 4
 _POWER_STEPS, _POWER_HEADROOM = 8, 1.1
 # From which side on (below, calls are what costs), and with which share of the constant left, a quadratic is a square.
 _LARGE, _KEPT = 128, 0.15
+# The same in float32, whose products are worth fewer calls; half precision would round what it divides once more.
+_LARGE_SINGLE = 160
 # From which longer over shorter side on two steps are made of one Gram matrix: six products of the short side take the
 # place of two with the long one. More than two would let the rounding of bfloat16 grow into negative "squares".
 _PAIRED = 2
@@ -53,7 +55,6 @@ def iterate_differentiable(
     return X.mH if tall else X
 
 
-@torch.no_grad()
 def iterate(
     X: Tensor,
     table: list[Triple],
@@ -101,7 +102,8 @@ def iterate(
         return torch.bmm(X, factor, out=target()) if tall else torch.bmm(factor, X, out=target())
 
     A, B = borrow("gram", small), borrow("factor", small)
-    if small[-1] < _LARGE and scaling == "frobenius":
+    large = _LARGE_SINGLE if X.dtype == torch.float32 else _LARGE
+    if small[-1] < large and scaling == "frobenius":
         other = borrow("kept", tuple(X.shape)) if keep else X
         turns = (borrow("turn", tuple(X.shape)), other if lend else None)
         X = _by_few_calls(X, table, headroom=headroom, eps=eps, gram=A, factor=B, turns=turns)
@@ -115,12 +117,13 @@ def iterate(
         for i in range(0, len(forms), 2 if pairs else 1):
             if i:
                 G = gram()
-            F = _evaluate(forms[i], G, out=B)
-            if pairs and i + 1 < len(forms):
+            paired = pairs and i + 1 < len(forms)
+            F = _evaluate(forms[i], G, out=B, restore=paired)
+            if paired:
                 # The next A is F A F, because all of these commute, and both factors then go to X at once.
                 T = torch.bmm(F, G, out=borrow("second", small))
                 G = torch.bmm(T, F, out=G)
-                F = torch.bmm(_evaluate(forms[i + 1], G, out=T), F, out=G)
+                F = torch.bmm(_evaluate(forms[i + 1], G, out=T, restore=False), F, out=G)
             if i == 0:
                 F.mul_((scale if tall else scale.mT).to(F.dtype))  # f(D A D) D X: the scale D goes to the side of X
             X, keep = replace(F), False
@@ -190,18 +193,19 @@ def _forms(table: list[Triple], side: int) -> list[_Form]:
     return forms
 
 
-def _evaluate(form: _Form, A: Tensor, *, out: Tensor | None) -> Tensor:
-    """The polynomial of a row, into ``out`` if given; ``A`` is as it was."""
+def _evaluate(form: _Form, A: Tensor, *, out: Tensor | None, restore: bool) -> Tensor:
+    """The polynomial of a row, into ``out`` if given; with ``restore``, ``A`` is as it was."""
     if form.square:
         # Where its two parts nearly cancel (all published tables but Jordan's), what rounding does to the square would
         # be all that is left: those rows are no squares.
         diagonal = A.diagonal(dim1=-2, dim2=-1)
-        kept = diagonal.clone()  # subtracting the shift again would leave its rounding
+        kept = diagonal.clone() if restore else None  # subtracting the shift again would leave its rounding
         diagonal.add_(form.shift)
         gain = form.gain
         out = torch.bmm(A, A, out=out) if gain == 1 else torch.baddbmm(A, A, A, beta=0, alpha=gain, out=out)
         out.diagonal(dim1=-2, dim2=-1).add_(form.rest)
-        diagonal.copy_(kept)
+        if kept is not None:
+            diagonal.copy_(kept)
         return out
     a, b, c = form.row
     # A cubic row is cheaper without the product, which besides drops beta on CPUs in half precision.

@@ -6,7 +6,10 @@ end the last row repeats. No table is best on every spectrum: ``benchmarks`` and
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from orthokit.errors import OptionError, unknown_name
 
@@ -158,13 +161,26 @@ def coefficient_table(coefficients: str | Sequence[float] | Sequence[Sequence[fl
         >>> coefficient_table("jordan", 2)
         [(3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315)]
     """
+    if isinstance(coefficients, (str, tuple)):
+        with contextlib.suppress(TypeError):  # a tuple of lists
+            return list(_known_table(coefficients, steps))
+    return _table(coefficients, steps)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_table(coefficients: Any, steps: int) -> list[Triple]:
+    # A tiny matrix is orthogonalised in the time that reading five rows takes.
+    return _table(coefficients, steps)
+
+
+def _table(coefficients: Any, steps: int) -> list[Triple]:
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             raise unknown_name("coefficient table", coefficients, COEFFICIENTS)
-        rows: list[Sequence[float]] = list(COEFFICIENTS[coefficients])
+        rows: list[Any] = list(COEFFICIENTS[coefficients])
     else:
         single = len(coefficients) > 0 and all(isinstance(c, (int, float)) for c in coefficients)
-        rows = [coefficients] if single else list(coefficients)  # type: ignore[list-item]
+        rows = [coefficients] if single else list(coefficients)
     if steps < 0:
         raise OptionError(f"steps must be at least 0; got {steps}.")
     if not rows or any(isinstance(row, (int, float)) or len(row) != 3 for row in rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from orthokit.matrices import MatrixBlock
 __all__ = ["Chunk", "Piece", "Plan", "decay", "iteration_dtype", "iteration_options", "like", "strips", "write_back"]
 
 # Up to m m n with m the shorter side, the kernels of half precision cost more than the work: float32 is three times as
-# fast for one matrix, and for a stack of many between as fast and half slower.
-_TINY = 1 << 17
+# fast for one matrix, and for a stack of many between as fast and half slower. The second bound is that of a whole
+# stack, where one process knows all of it: one matrix of 128 x 128, eight of 64 x 64.
+_TINY, _TINY_STACK = 1 << 17, 1 << 21
 # Entries that several passes go over before the next ones are touched: a few tensors of them fit in a core's cache.
 _STRIP = 1 << 16
 
@@ -101,7 +103,8 @@ def iteration_options(group: dict[str, Any]) -> dict[str, Any]:
 def iteration_dtype(x: Tensor, shape: Sequence[int], group: dict[str, Any]) -> torch.dtype:
     """The dtype of the products for matrices ``(..., out, in)`` of an input like ``x``.
 
-    Nothing but the shape of one matrix and what processes have agreed on decides, so that all of them decide alike.
+    Where several processes share the work, nothing but the shape of one matrix and what they have agreed on decides, so
+    that all of them decide alike.
     """
     # The exact factor of rounded input would not be exact, and half precision has no complex form.
     if x.is_complex() or group["method"] == "svd":
@@ -110,10 +113,11 @@ def iteration_dtype(x: Tensor, shape: Sequence[int], group: dict[str, Any]) -> t
         return group["ns_dtype"]
     if x.dtype == torch.float64:
         return x.dtype
-    rows, columns = shape[-2:]
-    if min(rows, columns) * rows * columns <= _TINY:
+    agreed, (rows, columns) = group.get("agreed_dtype"), shape[-2:]
+    work = min(rows, columns) * rows * columns
+    if work <= _TINY or (agreed is None and prod(shape[:-2]) * work <= _TINY_STACK):
         return torch.float32
-    return group.get("agreed_dtype") or fast_matmul_dtype(x.device)
+    return agreed or fast_matmul_dtype(x.device)
 
 
 def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:
@@ -123,9 +127,14 @@ def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule:
     if rule == "decoupled":
         torch._foreach_mul_(weights, 1 - rate)
         return
-    for weight, direction in zip(weights, directions, strict=True):
-        shrinking = (weight * direction.conj()).real > 0
-        weight.sub_(weight * shrinking, alpha=rate)
+    if weights[0].is_complex():
+        for weight, direction in zip(weights, directions, strict=True):
+            weight.sub_(weight * ((weight * direction.conj()).real > 0), alpha=rate)
+        return
+    shrinking = torch._foreach_mul(weights, directions)
+    torch._foreach_sign_(shrinking)
+    torch._foreach_clamp_min_(shrinking, 0)
+    torch._foreach_addcmul_(weights, weights, shrinking, value=-rate)
 
 
 def write_back(chunk: Chunk, values: list[Tensor], tensors: list[Tensor] | None = None) -> None:

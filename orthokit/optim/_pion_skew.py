@@ -21,10 +21,10 @@ from torch import Tensor
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.skew import packed_size
 
-__all__ = ["fold", "folded_parts", "skew_product", "transposed", "unfold"]
+__all__ = ["fold", "fold_blocks", "folded_parts", "skew_product", "transposed", "unfold", "unfold_triangles"]
 
 # Triangles are copied in square tiles; only the ones on the diagonal hold both triangles and need a mask.
-_TILE = 192
+_TILE = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,12 +69,16 @@ def fold(S: Tensor, out: Tensor | None = None, workspace: Workspace | None = Non
     b = S.shape[-1]
     big, small = b - b // 2, b // 2
     packed = S.new_empty(len(S), packed_size(b)) if out is None else out
-    rectangle, corner = folded_parts(packed, b)
-    corner.copy_(S[:, :big, big:])
-    joined = (workspace or Workspace()).get("fold", tuple(rectangle.shape), S.dtype, S.device)
+    joined = (workspace or Workspace()).get("fold", (len(S), small, big - 1), S.dtype, S.device)
     joined.copy_(S[:, :small, 1:big])
-    _put_lower(joined, S[:, big:, big:], -1)
-    rectangle.copy_(joined)
+    return fold_blocks(joined, S[:, :big, big:], S[:, big:, big:], packed)
+
+
+def fold_blocks(rectangle: Tensor, corner: Tensor, second: Tensor, packed: Tensor) -> Tensor:
+    """The blocks of a matrix into ``packed``; ``rectangle`` is the kept part of ``S_11``, and is overwritten."""
+    _put_lower(rectangle, second, -1)
+    for target, block in zip(folded_parts(packed, sum(corner.shape[1:])), (rectangle, corner), strict=True):
+        target.copy_(block)
     return packed
 
 
@@ -90,22 +94,29 @@ def unfold(
         workspace: Scratch memory.
         sign: Of the mirrored half.
     """
-    big, small = b - b // 2, b // 2
+    big = b - b // 2
     full = packed.new_empty(len(packed), b, b) if out is None else out
     scratch = workspace or Workspace()
     rectangle, corner = folded_parts(packed, b)
     straight, turned = _with_transpose(corner, full.dtype, scratch, sign)
     full[:, :big, big:] = straight
     full[:, big:, :big] = turned
-    straight, turned = _with_transpose(rectangle, full.dtype, scratch, sign)
+    unfold_triangles(rectangle, full[:, :big, :big], full[:, big:, big:], scratch, sign=sign)
+    return full
+
+
+def unfold_triangles(rectangle: Tensor, first: Tensor, second: Tensor, workspace: Workspace, *, sign: int = -1) -> None:
+    """``S_11`` and ``S_22`` whole, from the rectangle that holds a triangle of each."""
+    big, small = first.shape[-1], second.shape[-1]
+    straight, turned = _with_transpose(rectangle, first.dtype, workspace, sign)
     # The triangle of S_11 lies one column to the left in the rectangle, so its mirror image lies one row up.
-    first, second, k = full[:, :big, :big], full[:, big:, big:], min(big - 1, small)
+    k = min(big - 1, small)
     first[:, :-1, 1:] = straight[:, : big - 1]
     _put_lower(first[:, 1:, :-1], turned[:, :, : big - 1], 0)
     second[:, :k] = turned[:, :k]
     _put_lower(second[:, :, :k], straight[:, :, :k], -1)
-    full.diagonal(dim1=-2, dim2=-1).zero_()
-    return full
+    for block in (first, second):
+        block.diagonal(dim1=-2, dim2=-1).zero_()
 
 
 def _with_transpose(X: Tensor, dtype: torch.dtype, workspace: Workspace, sign: int) -> tuple[Tensor, Tensor]:

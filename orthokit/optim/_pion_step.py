@@ -12,15 +12,19 @@ from torch.optim.adamw import adamw
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.polar import orthogonalize_
 from orthokit.linalg.skew import packed_size
+from orthokit.optim._pieces import like, strips
+from orthokit.optim._pion_halves import Halves, halved_product, unfold_halves
 from orthokit.optim._pion_maps import cayley_change, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, transposed, unfold
 
-__all__ = ["Chunk", "Side", "active_sides", "kept_sides"]
+__all__ = ["Chunk", "Side", "active_sides", "kept_sides", "takes_parts"]
 
 # A step count at which Adam's bias corrections are 1 to rounding.
 _FAR = 1e9
 # Entries from which a matrix is added with a factor of its own; many small ones go through one broadcast product.
 _LARGE = 1 << 12
+# From which size on a matrix by itself is handled in blocks.
+_HALVED = 768
 # The part of a folded matrix whose norm is looked at first; being a lower bound, it mostly settles the matter.
 _SAMPLE = 16
 
@@ -31,24 +35,25 @@ class Side(NamedTuple):
     name: str
     size: int
 
-    def turn(self, X: Tensor, A: Tensor, out: Tensor) -> Tensor:
+    def turn(self, X: Tensor, A: Tensor | Halves, out: Tensor) -> Tensor:
         """``X A`` or ``A X``."""
+        if isinstance(A, Halves):
+            return A.times(X, out, left=self.name == "out")
         left, right = (X, A) if self.name == "in" else (A, X)
         if len(X) > 1:
             return torch.bmm(left, right, out=out)
         torch.mm(left[0], right[0], out=out[0])  # on CPUs a batch of one is slower for tall matrices
         return out
 
-    def add_turned(self, X: Tensor, A: Tensor, factors: Tensor, scratch: Tensor) -> Tensor:
-        """``X_i + factors_i X_i A_i``, or with ``A_i X_i``, in place of ``X``: one product, one rounding."""
-        # The factor goes into X: as the alpha of a product it would have oneDNN compile a kernel for every new value.
-        for x, y, factor in zip(X, scratch, factors.tolist(), strict=True):
-            torch.mul(x, factor, out=y)
-        left, right = (scratch, A) if self.name == "in" else (A, scratch)
+    def add(self, X: Tensor, A: Tensor | Halves, to: Tensor) -> Tensor:
+        """``to + X A``, or with ``A X``, in place of ``to``."""
+        if isinstance(A, Halves):
+            return A.times(X, to, left=self.name == "out", add=True)
+        left, right = (X, A) if self.name == "in" else (A, X)
         if len(X) > 1:
-            return X.baddbmm_(left, right)
-        X[0].addmm_(left[0], right[0])
-        return X
+            return to.baddbmm_(left, right)
+        to[0].addmm_(left[0], right[0])
+        return to
 
 
 def kept_sides(sides: str, shape: tuple[int, int]) -> list[Side]:
@@ -71,7 +76,8 @@ class Chunk:
     """Matrices of one shape during one step.
 
     Args:
-        W: ``(N, out, in)`` in float32 or float64; turned in place by :meth:`rotate`.
+        W: ``(N, out, in)`` in float32 or float64; turned in place by :meth:`rotate`. Where :func:`takes_parts` says so
+            it may come in parts ``(matrices, out, in)``, like ``grads``.
         grads: ``(matrices, out, in)`` each, ``N`` in all, in any dtype.
         states: What the state holds of these matrices, in the order of ``grads``: ``m_in``, ``m_out``, ``v_in``,
             ``v_out`` (folded, or the mean squares alone) and ``momentum_buffer``, as far as the options need them.
@@ -83,7 +89,7 @@ class Chunk:
 
     def __init__(
         self,
-        W: Tensor,
+        W: Tensor | list[Tensor],
         grads: list[Tensor],
         states: list[dict[str, Tensor]],
         group: dict[str, Any],
@@ -92,12 +98,15 @@ class Chunk:
         dtype: torch.dtype,
         workspace: Workspace,
     ) -> None:
-        self.W, self.grads, self.states, self.group, self.step = W, grads, states, group, step
+        self.parts = [W] if isinstance(W, Tensor) else W
+        self.W = self.parts[0]
+        self.grads, self.states, self.group, self.step = grads, states, group, step
         self.dtype, self.workspace = dtype, workspace
         self.counts = [len(grad) for grad in grads]
         self.lr = float(group["lr"])
-        self.shape = (W.shape[-2], W.shape[-1])
-        self.turns: list[tuple[Side, Tensor, Tensor]] = []
+        self.shape = (self.W.shape[-2], self.W.shape[-1])
+        self.size = sum(self.counts)
+        self.turns: list[tuple[Side, Tensor | Halves, Tensor]] = []
         """The generators of the last :meth:`rotate` and their scales, until the scratch memory is used again."""
 
     def rotate(self) -> None:
@@ -110,9 +119,9 @@ class Chunk:
             for state in self.states:
                 state["causes"][:, 1] += math.log1p(-self.lr * group["weight_decay"])
         if group["weight_decay"]:
-            W.mul_(1 - self.lr * group["weight_decay"])
+            torch._foreach_mul_(self.parts, 1 - self.lr * group["weight_decay"])
         inputs = self.grads if group["momentum"] == "lie" else self._ambient()
-        weight, gradient = self._narrow("weight", [W]), self._narrow("gradient", inputs)
+        weight, gradient = self._narrow("weight", self.parts), self._narrow("gradient", inputs)
         # The products round once, and gradients come with the rounding of everything before them.
         unit = max(torch.finfo(self.dtype).eps, 8 * torch.finfo(W.dtype).eps)
         quiet = unit * _norms(weight) * _norms(gradient)
@@ -121,8 +130,7 @@ class Chunk:
         for side in kept_sides(group["sides"], self.shape):
             folded, strength = self._generator(side, weight, gradient, quiet)
             if side in active:
-                A = self._buffer(f"turn {side.name}", len(W), side.size, side.size)
-                generators[side] = unfold(folded, side.size, A, self.workspace)
+                generators[side] = self._unfolded(side, folded)
                 strengths.append(strength)
         if generators and self.lr:
             self._turn(generators, weight, torch.stack(strengths).amax(0))
@@ -133,7 +141,17 @@ class Chunk:
         return self.workspace.get(f"pion {name}", shape, dtype or self.dtype, self.W.device)
 
     def _like(self, name: str) -> Tensor:
-        return self._buffer(name, *self.W.shape)
+        return self._buffer(name, self.size, *self.shape)
+
+    def _halved(self, side: Side) -> bool:
+        """Whether the matrices of a side are handled in blocks; below this size calls cost more than copies."""
+        return self.size == 1 and side.size >= _HALVED and self.W.device.type == "cpu"
+
+    def _unfolded(self, side: Side, folded: Tensor) -> Tensor | Halves:
+        name = f"turn {side.name}"
+        if self._halved(side):
+            return unfold_halves(folded, side.size, self.dtype, self.workspace, name)
+        return unfold(folded, side.size, self._buffer(name, len(folded), side.size, side.size), self.workspace)
 
     def _narrow(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The tensors as one batch in the dtype of the products; itself if it is that already."""
@@ -152,14 +170,16 @@ class Chunk:
     def _generator(self, side: Side, weight: Tensor, gradient: Tensor, quiet: Tensor) -> tuple[Tensor, Tensor]:
         """The folded generator of a side before its scale, and its strength; the moments of the side are updated."""
         group = self.group
-        S = self._buffer("generator", len(self.W), packed_size(side.size), dtype=self.W.dtype)
+        S = self._buffer("generator", self.size, packed_size(side.size), dtype=self.W.dtype)
         # W^T G - G^T W for the in-side, G W^T - W G^T for the out-side.
         P, Q = (weight.mT, gradient.mT) if side.name == "in" else (gradient, weight)
         summands, right = P.shape[-1], (P.mT, Q.mT)
         if side.name == "in" and side.size > summands:
             # On CPUs a wide product whose left factor is read across its rows takes several times as long.
             P, Q = (transposed(X.mT, self._buffer(name, *X.shape)) for name, X in (("left", P), ("right", Q)))
-        skew_product(P, Q, S, self.workspace, right=right)
+        # Where the sums are long, transposing one product costs less than blocks of a second one.
+        multiply = halved_product if self._halved(side) and side.size > summands else skew_product
+        multiply(P, Q, S, self.workspace, right=right)
         _silence(S, quiet / math.sqrt(2 * summands))
         parts, size = list(S.split(self.counts)), S.shape[1]
         seconds = [state[f"v_{side.name}"] for state in self.states]
@@ -225,49 +245,69 @@ class Chunk:
         beta1 = self.group["betas"][0]
         return self.group["floor"] * math.sqrt((1 - beta1) / (1 + beta1))
 
-    def _turn(self, generators: dict[Side, Tensor], weight: Tensor, strength: Tensor) -> None:
-        first = {side: side.turn(weight, A, self._like(f"first {side.name}")) for side, A in generators.items()}
-        scale = self._scale(list(first.values()), strength)
-        for i, (side, A) in enumerate(generators.items()):
+    def _turn(self, generators: dict[Side, Tensor | Halves], weight: Tensor, strength: Tensor) -> None:
+        sides = list(generators.items())
+        starts = [self._like(f"first {side.name}") for side, _ in sides]
+        # The first side starts from the product that measures it; the second finds the weight turned.
+        total = sides[0][0].turn(weight, sides[0][1], starts[0])
+        if len(sides) > 1 and self.group["rms"] is not None:
+            total = sides[1][0].add(weight, sides[1][1], starts[1].copy_(total))
+        scale = self._scale(total, strength)
+        for i, (side, A) in enumerate(sides):
             if self.group["track"]:
                 self._track(side, A, scale)
-            # The first side starts from the product that measured it; the second finds the weight turned.
-            start = first[side] if i == 0 else side.turn(self._narrow("weight", [self.W]), A, first[side])
-            self._apply(self.W, side, A, start, scale)
+            if i:
+                side.turn(self._narrow("weight", self.parts), A, starts[i])
+            self._apply(self.parts, side, A, starts[i], scale)
             self.turns.append((side, A, scale))
             if self.group["momentum"] == "transported":
                 self._transport(side, A, scale)
 
-    def _apply(self, X: Tensor, side: Side, A: Tensor, start: Tensor, scale: Tensor) -> None:
-        """Turn ``X`` in place; ``start`` is its product with ``A`` and may be overwritten."""
+    def _apply(self, parts: list[Tensor], side: Side, A: Tensor | Halves, start: Tensor, scale: Tensor) -> None:
+        """Turn the parts of a batch in place; ``start`` is their product with ``A`` and may be overwritten."""
         group = self.group
         if group["map"] == "cayley":
+            X = parts[0]
             X.add_(cayley_change(X, A.to(X.dtype) * (scale.to(X.dtype).view(-1, 1, 1) / 2), side.name))
             return
-        term, other = start, self._like("term")
+        term, other, terms = start, self._like("term"), []
         coefficients = map_coefficients(group["map"], group["exp_order"], group["polish"])[1:]
-        factors = [c * scale**k for k, c in enumerate(coefficients, start=1)]
-        # The last two terms make one sum within the last product.
-        joined = len(factors) > 1 and coefficients[-2] != 0 and _large(X)
-        for k, factor in enumerate(factors[:-1] if joined else factors):
+        for k, c in enumerate(coefficients):
             if k:
                 term, other = side.turn(term, A, other), term
-            if joined and k == len(factors) - 2:
-                term = side.add_turned(term, A, scale * (coefficients[-1] / coefficients[-2]), other)
-            if coefficients[k]:
-                # Only these sums touch the weight: what is rounded to the dtype of the products is its change.
-                _add_scaled(X, term, factor)
+            if c:
+                terms.append((term, c * scale ** (k + 1)))
+            # Two terms fit into the two buffers. Only these sums touch the weight: what is rounded to the dtype of the
+            # products is its change.
+            if k % 2 or k == len(coefficients) - 1:
+                self._add_scaled(parts, terms)
+                terms = []
 
-    def _transport(self, side: Side, A: Tensor, scale: Tensor) -> None:
+    def _add_scaled(self, parts: list[Tensor], terms: list[tuple[Tensor, Tensor]]) -> None:
+        """``X_i += factors_i term_i`` for the matrices of a batch and each term, which may have a narrower dtype."""
+        if not _large(parts[0]):
+            for term, factors in terms:
+                parts[0].addcmul_(term.to(self.W.dtype), factors.to(self.W.dtype).view(-1, 1, 1))
+            return
+        scratch = self._buffer("wide", parts[0][0].numel(), dtype=self.W.dtype)
+        changes, factors = [term for term, _ in terms], [factor.tolist() for _, factor in terms]
+        for i, x in enumerate(x for part in parts for x in part):
+            for piece, *strip in strips(x, *(change[i] for change in changes)):
+                for change, factor in zip(strip, factors, strict=True):
+                    # A sum of two dtypes takes longer than to widen one of them.
+                    wide = change if change.dtype == piece.dtype else like(piece, scratch).copy_(change)
+                    piece.add_(wide, alpha=factor[i])
+
+    def _transport(self, side: Side, A: Tensor | Halves, scale: Tensor) -> None:
         """Carry the ambient moments along with the weights."""
         moments = [state["momentum_buffer"] for state in self.states]
         M = moments[0] if len(moments) == 1 else torch.cat(moments)
-        self._apply(M, side, A, side.turn(self._narrow("moment", [M]), A, self._like("moment start")), scale)
+        self._apply([M], side, A, side.turn(self._narrow("moment", [M]), A, self._like("moment start")), scale)
         if len(moments) > 1:
             torch._foreach_copy_(moments, list(M.split(self.counts)))
 
-    def _scale(self, first: list[Tensor], strength: Tensor) -> Tensor:
-        """What the generators of each matrix are multiplied by, ``(N,)`` in float64."""
+    def _scale(self, change: Tensor, strength: Tensor) -> Tensor:
+        """What the generators of each matrix are multiplied by, ``(N,)`` in float64; ``change`` is what all make."""
         group = self.group
         usual = self._usual()
         taper = (strength.double() / usual).clamp(max=1) if usual else torch.ones_like(strength, dtype=torch.float64)
@@ -278,8 +318,7 @@ class Chunk:
                 root = math.sqrt(1 - beta2**self.step) if group["second_moment"] else 1.0
                 correction = root / (1 - beta1**self.step)
             return taper * (self.lr * correction)
-        total = first[0] if len(first) == 1 else torch.add(*first, out=self._like("term"))
-        norm = _norms(total).double()
+        norm = _norms(change).double()
         target = self.lr * group["rms"] * math.sqrt(self.shape[0] * self.shape[1])
         return taper * target / norm.clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -292,7 +331,7 @@ class Chunk:
             if "causes" in state:
                 state["causes"].zero_()
 
-    def _track(self, side: Side, A: Tensor, scale: Tensor) -> None:
+    def _track(self, side: Side, A: Tensor | Halves, scale: Tensor) -> None:
         """Note how much the factor about to be applied changes the norm because its series is cut, which is exact.
 
         ``||W f(A)||^2 = tr W f(-A) f(A) W^T`` and ``tr W A^{2j} W^T = (-1)^j ||W A^j||^2``.
@@ -319,18 +358,14 @@ def _silence(S: Tensor, noise: Tensor) -> None:
         S.mul_(loud.unsqueeze(1))
 
 
+def takes_parts(W: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a step goes through weights like these one by one, so that they need not lie in one batch."""
+    return _large(W) and group["map"] != "cayley" and not (group["track"] or group["restore_every"])
+
+
 def _large(X: Tensor) -> bool:
     """Whether the matrices of a batch are better taken one by one, with factors that the processor holds."""
     return X.device.type == "cpu" and X[0].numel() >= _LARGE
-
-
-def _add_scaled(X: Tensor, term: Tensor, factors: Tensor) -> None:
-    """``X_i += factors_i term_i`` for the matrices of a batch; ``term`` may have a narrower dtype."""
-    if _large(X):
-        for x, t, factor in zip(X, term, factors.tolist(), strict=True):
-            x.add_(t, alpha=factor)
-    else:
-        X.addcmul_(term.to(X.dtype), factors.to(X.dtype).view(-1, 1, 1))
 
 
 def _norms(X: Tensor, *, enough: Tensor | float | None = None) -> Tensor:

@@ -129,8 +129,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.check([(self._names[p], p) for group in self.param_groups for p in group["params"]])
-        self.update()
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self.exchange is not None or not _surely_finite([p.grad for p in params if p.grad is not None]):
+            self.check([(self._names[p], p) for p in params])
+        self._update_groups()
         return loss
 
     def check(self, named: list[tuple[str, Tensor]]) -> None:
@@ -144,6 +146,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self) -> None:
         """The step itself, for a caller that has checked the gradients."""
+        self._update_groups()
+
+    def _update_groups(self) -> None:
         for group in self.param_groups:
             if self.exchange is None:
                 self._update(group)
@@ -225,9 +230,10 @@ def check_rate(group: dict[str, Any], *names: str) -> None:
 
 def _surely_finite(grads: list[Tensor]) -> bool:
     """Whether the norms of all gradients are finite, where that can be asked without a transfer and in few calls."""
-    if not all(grad.is_cpu and grad.layout is torch.strided for grad in grads):
-        return False
-    return isfinite(sum(norm.item() for norm in torch._foreach_norm(grads))) if grads else True
+    for grad in grads:
+        if not grad.is_cpu or grad.layout is not torch.strided:
+            return False
+    return isfinite(sum(map(Tensor.item, torch._foreach_norm(grads)))) if grads else True
 
 
 def _map_options(group: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

@@ -44,6 +44,8 @@ _CHUNK = {"cpu": 1 << 22}
 _CHUNK_ELSEWHERE = 1 << 27
 # Entries from which a matrix is handled by itself through one scratch buffer; below, calls cost more than memory.
 _LARGE = 1 << 15
+# Entries up to which a matrix by itself is not worth cutting into strips.
+_ALONE = 1 << 18
 
 
 class Muon(MatrixOptimizer):
@@ -250,21 +252,23 @@ class Muon(MatrixOptimizer):
         first, momentum = inputs[0], group["momentum"]
         size = (sum(chunk.counts), *first.shape[-2:])
         dtype = iteration_dtype(first, size, group)
-        if first.numel() < _LARGE:
-            found = self._joined("stack" if dtype == first.dtype else "joined", inputs)
-            if blend is not None:
-                buffer = self._joined("blend", blend)
+        if _quick(inputs):
+            name = "stack" if dtype == first.dtype else "joined"
+            if blend is None:
+                found = self._joined(name, inputs)
+            else:
                 if advance:
-                    torch._foreach_copy_(blend, chunk.split(buffer.lerp_(found, 1 - momentum)))
-                torch.lerp(found, buffer, momentum, out=found)
-            if dtype == first.dtype:
-                return found
-            return self._workspace.get("stack", size, dtype, first.device).copy_(found)
+                    torch._foreach_lerp_(blend, inputs, 1 - momentum)
+                found, buffer = inputs[0], blend[0]
+                if len(inputs) > 1:
+                    found, buffer = self._joined(name, inputs), self._joined("blend", blend)
+                found = torch.lerp(found, buffer, momentum, out=self._room(name, found)).view(size)
+            return found if dtype == first.dtype else self._room("stack", found, dtype).copy_(found)
         stack = self._workspace.get("stack", size, dtype, first.device)
         if blend is None:
             torch._foreach_copy_(chunk.split(stack), inputs)
             return stack
-        scratch = self._scratch(inputs)
+        scratch = self._room("scratch", max(inputs, key=Tensor.numel)).view(-1)
         for slot, x, y in zip(chunk.split(stack), inputs, blend, strict=True):
             for part, gradient, buffer in strips(slot, x, y):
                 if advance:
@@ -272,17 +276,16 @@ class Muon(MatrixOptimizer):
                 part.copy_(torch.lerp(gradient, buffer, momentum, out=like(gradient, scratch)))
         return stack
 
+    def _room(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory in the shape of a tensor."""
+        return self._workspace.get(name, tuple(like.shape), dtype or like.dtype, like.device)
+
     def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
         """Small blocks in one batch: a few calls over all of them cost less than a few calls over each."""
         first, single = parts[0], parts[0].ndim == 2
         size = (len(parts) if single else sum(part.shape[0] for part in parts), *first.shape[-2:])
         out = self._workspace.get(name, size, first.dtype, first.device)
         return torch.stack(parts, out=out) if single else torch.cat(parts, out=out)
-
-    def _scratch(self, tensors: list[Tensor]) -> Tensor:
-        """Memory for any one of these tensors."""
-        size = max(x.numel() for x in tensors)
-        return self._workspace.get("scratch", (size,), tensors[0].dtype, tensors[0].device)
 
     def _directions(self, chunk: Chunk, stack: Tensor, group: dict[str, Any]) -> Tensor:
         """The (normalised) polar factors of a chunk, ``(matrices, out, in)``; ``stack`` is used up."""
@@ -319,21 +322,21 @@ class Muon(MatrixOptimizer):
         rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *directions.shape[-2:])
         weights = chunk.of([piece.parameter for piece in chunk])
         dtype = weights[0].dtype
-        if group["order"] == "post":
-            parts = self._filtered(chunk, chunk.split(directions.to(dtype)), group)
+        if group["order"] == "post" or _quick(weights):
+            if directions.dtype != dtype:
+                directions = self._room("joined", directions, dtype).copy_(directions)
+            parts = chunk.split(directions)
+            if group["order"] == "post":
+                parts = self._filtered(chunk, parts, group)
             decay(weights, parts, rate=rate, rule=rule)
             torch._foreach_add_(weights, parts, alpha=-lr * ratio)
-        elif weights[0].numel() >= _LARGE:
-            scratch = self._scratch(weights)
+        else:
+            scratch = self._room("scratch", max(weights, key=Tensor.numel)).view(-1)
             for whole, factor in zip(weights, chunk.split(directions), strict=True):
                 for weight, part in strips(whole, factor):
                     direction = part if part.dtype == dtype else like(weight, scratch).copy_(part)
                     decay([weight], [direction], rate=rate, rule=rule)
                     weight.add_(direction, alpha=-lr * ratio)
-        else:
-            found, directions = self._joined("joined", weights), directions.to(dtype)
-            decay([found], [directions], rate=rate, rule=rule)
-            torch._foreach_copy_(weights, chunk.split(found.add_(directions, alpha=-lr * ratio)))
         write_back(chunk, weights)
 
     def _filtered(self, chunk: Chunk, parts: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -372,6 +375,11 @@ class Muon(MatrixOptimizer):
             True
         """
         return self._report(lambda: update_report(self, time=time))
+
+
+def _quick(tensors: list[Tensor]) -> bool:
+    """Whether these blocks of one shape are best handled in few calls."""
+    return tensors[0].numel() < _LARGE or (len(tensors) == 1 and tensors[0].numel() <= _ALONE)
 
 
 def chunks(pieces: list[Piece]) -> Iterator[Chunk]:

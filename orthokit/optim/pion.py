@@ -22,7 +22,7 @@ from orthokit.optim._pion_state import (
     state_of_block,
     wide_dtype,
 )
-from orthokit.optim._pion_step import Chunk
+from orthokit.optim._pion_step import Chunk, takes_parts
 from orthokit.optim.base import MatrixOptimizer, check_rate
 from orthokit.optim.muon import Piece, chunks
 
@@ -221,11 +221,13 @@ class Pion(MatrixOptimizer):
         """One step of matrices of one shape."""
         first, states = members[0].parameter, [self.state_of(piece, group) for piece in members]
         weights = [piece.of(piece.parameter) for piece in members]
-        if len(members) == 1 and first.dtype == wide_dtype(first):
-            W = weights[0]
-        else:
+        exact = first.dtype == wide_dtype(first)
+        W = weights
+        if not exact or not (len(members) == 1 or takes_parts(weights[0], group)):
             pairs = zip(weights, states, strict=True)
-            W = torch.cat([fine_weight(weight, state.get("residual")) for weight, state in pairs])
+            fine = [fine_weight(weight, state.get("residual")) for weight, state in pairs]
+            shape = (sum(len(weight) for weight in fine), *fine[0].shape[1:])
+            W = [torch.cat(fine, out=self._workspace.get("weights", shape, fine[0].dtype, fine[0].device))]
         Chunk(
             W,
             [piece.of(piece.gradient) for piece in members],
@@ -235,9 +237,9 @@ class Pion(MatrixOptimizer):
             dtype=product_dtype(first, group),
             workspace=self._workspace,
         ).rotate()
-        parts = W.split([len(weight) for weight in weights])
+        parts = weights if W is weights else W[0].split([len(weight) for weight in weights])
         for piece, weight, state, part in zip(members, weights, states, parts, strict=True):
-            if W is not weight:
+            if part is not weight:
                 split_weight(part, weight, state.get("residual"))
             self._write_back(piece, weight, piece.parameter)
             for key, tensor in self._shaped(piece):

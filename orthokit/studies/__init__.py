@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from orthokit.errors import unknown_name
-from orthokit.studies._engine import Study, evidence_root, load_evidence, run_study
+from orthokit.studies import arena_claims as _arena_claims
+from orthokit.studies import arena_correlations as _arena_correlations
+from orthokit.studies import arena_results as _arena_results
+from orthokit.studies import arena_study as _arena_study
+from orthokit.studies import arena_ways as _arena_ways
+from orthokit.studies import continual as _continual
+from orthokit.studies import continual_results as _continual_results
+from orthokit.studies import representation as _representation
+from orthokit.studies import representation_phases as _representation_phases
+from orthokit.studies import representation_results as _representation_results
+from orthokit.studies import representation_study as _representation_study
+from orthokit.studies import safe_steps as _safe_steps
+from orthokit.studies._catalogue import STUDIES, names, run
+from orthokit.studies._engine import Study, evidence_root, load_evidence
 from orthokit.studies.adapter_claims import ADAPTER_DUELS, AdapterDuel, adapter_margins, oftv2_costs, oftv2_widest
 from orthokit.studies.adapter_geometry import what_is_kept
 from orthokit.studies.adapter_probes import adapted_at, kept_at, merge_gap, orthogonality_at, requantised_at
@@ -26,6 +36,11 @@ from orthokit.studies.adapter_results import (
 )
 from orthokit.studies.adapter_study import ADAPTERS
 from orthokit.studies.adapters import ADAPTER_METHODS, ADAPTER_TRACKS, adapt_once, adapter_budget
+from orthokit.studies.arena_claims import *  # noqa: F403
+from orthokit.studies.arena_correlations import *  # noqa: F403
+from orthokit.studies.arena_results import *  # noqa: F403
+from orthokit.studies.arena_study import *  # noqa: F403
+from orthokit.studies.arena_ways import *  # noqa: F403
 from orthokit.studies.coefficients import (
     compare_recipes,
     head_split,
@@ -40,6 +55,8 @@ from orthokit.studies.coefficients import (
     train_recipes,
     values_after,
 )
+from orthokit.studies.continual import *  # noqa: F403
+from orthokit.studies.continual_results import *  # noqa: F403
 from orthokit.studies.energy import energies, energy_changes, spread_on_sphere
 from orthokit.studies.maps import (
     LiveErrors,
@@ -67,7 +84,6 @@ from orthokit.studies.pion import (
 )
 from orthokit.studies.pipelines import (
     ORDERS,
-    PIPELINES,
     at_rates,
     best_lr,
     compare_optimizers,
@@ -119,14 +135,17 @@ from orthokit.studies.race_results import (
     race_summary,
     tuned_rates,
 )
-from orthokit.studies.race_study import RACE
 from orthokit.studies.recipes import PLAIN, SPECTRA, Recipe, lab_recipes, published_recipes, with_spectrum
+from orthokit.studies.representation import *  # noqa: F403
+from orthokit.studies.representation_phases import *  # noqa: F403
+from orthokit.studies.representation_results import *  # noqa: F403
+from orthokit.studies.representation_study import *  # noqa: F403
 from orthokit.studies.rotations import RotationRun, adapt_by_rotation
+from orthokit.studies.safe_steps import *  # noqa: F403
 from orthokit.studies.step_memory import step_bytes
 from orthokit.studies.synthetic import (
     BETAS,
     PUBLISHED_RANK_3,
-    SYNTHETIC_GAP,
     compare_with_published,
     measure_gap,
     side_by_side,
@@ -268,50 +287,15 @@ __all__ = [
     "with_spectrum",
 ]
 
-STUDIES: dict[str, Study] = {
-    study.name: study for study in (ADAPTERS, PION_DRIFT, PIPELINES, POET_STUDY, RACE, SYNTHETIC_GAP)
-}
-
-
-def names() -> list[str]:
-    """The studies that :func:`run` knows.
-
-    Example:
-        >>> names()
-        ['adapters', 'pion_drift', 'pipelines', 'poet_drift', 'race', 'synthetic_gap']
-    """
-    return sorted(STUDIES)
-
-
-def run(
-    name: str,
-    *,
-    out: str | Path | None = None,
-    jobs: int = 1,
-    seeds: int | None = None,
-    size: str = "full",
-    fresh: bool = False,
-    progress: bool = True,
-) -> Path:
-    """Make a study by name and record it; see :func:`orthokit.studies._engine.run_study` for the options.
-
-    Args:
-        name: One of :func:`names`.
-        out: Folder of evidence; default the checkout's.
-        jobs: Worker processes, ``>= 1``.
-        seeds: Number of seeds, ``>= 2``; default the study's own.
-        size: ``"full"`` or ``"smoke"``.
-        fresh: Start anew instead of going on with an interrupted study.
-        progress: Show a progress line.
-
-    Returns:
-        The folder with ``results.csv`` and ``study.json``.
-
-    Raises:
-        UnknownNameError: No such study or size.
-        OptionError: A number out of range.
-        ReportError: An interrupted study was left by another version of the code.
-    """
-    if name not in STUDIES:
-        raise unknown_name("study", name, STUDIES)
-    return run_study(STUDIES[name], out=out, jobs=jobs, seeds=seeds, size=size, fresh=fresh, progress=progress)
+__all__ += _arena_claims.__all__
+__all__ += _arena_correlations.__all__
+__all__ += _arena_results.__all__
+__all__ += _arena_study.__all__
+__all__ += _arena_ways.__all__
+__all__ += _continual.__all__
+__all__ += _continual_results.__all__
+__all__ += _representation.__all__
+__all__ += _representation_phases.__all__
+__all__ += _representation_results.__all__
+__all__ += _representation_study.__all__
+__all__ += _safe_steps.__all__

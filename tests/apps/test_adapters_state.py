@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from orthokit_widgets import adapters_data, adapters_state
-from orthokit_widgets.adapters_data import ANGLES, DEFAULT, Choice, catalogue, law, look, weight
+from orthokit_widgets.adapters_data import DEFAULT, Choice, catalogue, look, weight
+from orthokit_widgets.adapters_laws import ANGLES, law
 from orthokit_widgets.adapters_state import OPTIONS, AdaptersState
 from orthokit_widgets.adapters_view import AdaptersPage
 from orthokit_widgets.fields import describe, read_query, write_query
@@ -90,6 +91,15 @@ def test_what_is_added_is_as_long_as_the_oft_beside_it(adapter: str) -> None:
     np.testing.assert_allclose(added.rival["spectrum"], turned.spectrum, rtol=1e-9)
     rank = torch.linalg.matrix_rank(added.matrix.double() - weight(DEFAULT).matrix, rtol=1e-4)
     assert rank == (4 if adapter == "lora" else 128)
+
+
+@pytest.mark.parametrize("name", ["tinygpt/2.attn.q", "tinygpt/2.mlp.gate", "tinygpt/2.mlp.down"])
+def test_the_noise_beside_a_rotation_is_full_fine_tuning_as_long(name: str) -> None:
+    shared = {"block_size": 8, "angle": 0.4, "seed": 2}
+    beside = look(weight(name), Choice(**shared)).rival
+    full = look(weight(name), Choice(adapter="full", **shared))
+    np.testing.assert_allclose(beside["spectrum"], full.spectrum, rtol=1e-3, atol=1e-4 * full.spectrum[0])
+    np.testing.assert_allclose(beside["angles"], full.angles, atol=1e-2)
 
 
 @pytest.mark.parametrize("adapter", TURNING)

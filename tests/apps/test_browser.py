@@ -218,7 +218,7 @@ def test_a_race_is_chosen_started_paused_and_stopped(watched: Any, server: str) 
     expect(start).to_be_enabled()
 
 
-@pytest.mark.parametrize("page", ["momentum", "training", "race", "adapters"])
+@pytest.mark.parametrize("page", ["momentum", "training", "race", "adapters", "forgetting"])
 def test_every_control_has_a_name_and_every_page_its_landmarks(watched: Any, server: str, page: str) -> None:
     watched.goto(server + page)
     watched.get_by_role("heading", level=1).wait_for()
@@ -229,7 +229,7 @@ def test_every_control_has_a_name_and_every_page_its_landmarks(watched: Any, ser
             assert re.match(rf'- {role} "[^"]+"', snapshot), snapshot
     assert watched.get_by_role("status").count() == 1
     assert watched.get_by_role("alert", include_hidden=True).count() == 1
-    assert watched.get_by_role("navigation", name="Pages").get_by_role("link").count() == 4
+    assert watched.get_by_role("navigation", name="Pages").get_by_role("link").count() == 5
     assert watched.locator("html").get_attribute("lang") == "en"
 
 
@@ -263,7 +263,7 @@ def test_two_sessions_do_not_see_each_other(watched: Any, browser: Any, server: 
 
 
 @pytest.mark.parametrize("width", [760, 1280, 1400])
-@pytest.mark.parametrize("page", ["momentum", "training", "race", "adapters"])
+@pytest.mark.parametrize("page", ["momentum", "training", "race", "adapters", "forgetting"])
 def test_nothing_sticks_out_at_the_width_of_a_laptop_or_half_of_it(
     watched: Any, server: str, page: str, width: int
 ) -> None:

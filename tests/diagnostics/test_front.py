@@ -1,5 +1,7 @@
 """Pareto fronts and the area they dominate."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +27,7 @@ def reference_front(x):
 def reference_area(x, r):
     """Cells of the grid through all coordinates that some point covers."""
     xs, ys = (sorted({r[k], *(max(p[k], r[k]) for p in x)}) for k in range(2))
-    cells = ((a, b, c, d) for a, b in zip(xs, xs[1:], strict=False) for c, d in zip(ys, ys[1:], strict=False))
+    cells = ((a, b, c, d) for a, b in itertools.pairwise(xs) for c, d in itertools.pairwise(ys))
     return sum((b - a) * (d - c) for a, b, c, d in cells if any(p[0] >= b and p[1] >= d for p in x))
 
 
@@ -64,7 +66,7 @@ def test_one_point_more_never_shrinks_the_area():
     g = torch.Generator().manual_seed(0)
     x = torch.rand(40, 2, generator=g, dtype=torch.float64)
     areas = [hypervolume(x[:n], reference=torch.zeros(2)).item() for n in range(41)]
-    assert areas[0] == 0 and all(b >= a - 1e-12 for a, b in zip(areas, areas[1:], strict=False)) and areas[-1] < 1
+    assert areas[0] == 0 and all(b >= a - 1e-12 for a, b in itertools.pairwise(areas)) and areas[-1] < 1
 
 
 def test_integers_half_precision_and_views_are_taken():

@@ -120,9 +120,10 @@ def test_scalings_lead_to_the_same_exact_factor(scaling):
 
 @pytest.mark.parametrize("room", [1, 100, 1 << 22])
 @pytest.mark.parametrize("large", [1, 1 << 15])
+@pytest.mark.parametrize("alone", [0, 1 << 18])
 @pytest.mark.parametrize("order", ["pre", "post", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_size_of_a_stack_changes_no_result(monkeypatch, room, large, order, dtype):
+def test_the_size_of_a_stack_changes_no_result(monkeypatch, room, large, alone, order, dtype):
     def train() -> list[Tensor]:
         shapes = [(6, 8)] * 3 + [(8, 6)] * 2 + [(2, 6, 8), (12, 8)]
         params = [nn.Parameter(randn(*s, seed=i).to(dtype)) for i, s in enumerate(shapes)]
@@ -136,6 +137,7 @@ def test_the_size_of_a_stack_changes_no_result(monkeypatch, room, large, order, 
     expected = train()
     monkeypatch.setattr(module, "_CHUNK", {"cpu": room})
     monkeypatch.setattr(module, "_LARGE", large)
+    monkeypatch.setattr(module, "_ALONE", alone)
     # Products of differently sized batches may round differently; bfloat16 weights then land on a neighbour.
     rtol = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
     for a, b in zip(train(), expected, strict=True):

@@ -13,7 +13,7 @@ from orthokit.errors import OptionError, ParameterError, UnknownNameError
 from orthokit.linalg import cayley, cayley_neumann, exp_taylor, pack_skew, packed_size, unpack_skew
 from orthokit.linalg._workspace import Workspace
 from orthokit.matrices import matrices
-from orthokit.optim import Pion, for_model
+from orthokit.optim import Pion, _pion_step, for_model
 from orthokit.optim._pion_report import stationarity_split
 from orthokit.optim._pion_skew import unfold
 from orthokit.optim._pion_state import fine_weight, new_state
@@ -95,9 +95,11 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("halved", [2, 1 << 30], ids=["blocks", "whole"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(6, 4), (3, 7), (5, 5)], ids=str)
-def test_every_option_follows_the_reference(options, shape):
+def test_every_option_follows_the_reference(monkeypatch, halved, options, shape):
+    monkeypatch.setattr(_pion_step, "_HALVED", halved)
     W, grads = STD * randn(*shape), gradients(*shape, steps=5)
     found, _ = train(W, grads, floor=0.0, **{"lr": 0.01, **options})
     # float64 against float64: the order of the sums differs, nothing else.
@@ -121,6 +123,28 @@ def test_matrices_taken_one_by_one_follow_the_reference(options, shape):
     torch.testing.assert_close(both[0], expected, rtol=1e-9, atol=1e-14)
     second = reference(2 * W, [G.flip(0) for G in grads], lr=0.01, **options)
     torch.testing.assert_close(both[1], second, rtol=1e-9, atol=1e-14)
+    # Parameters of their own stay where they are; one batch is only made of what is multiplied.
+    params = [nn.Parameter(W.clone()), nn.Parameter(2 * W)]
+    optimizer = Pion(params, floor=0.0, lr=0.01, **options)
+    for G in grads:
+        params[0].grad, params[1].grad = G, G.flip(0)
+        optimizer.step()
+    torch.testing.assert_close(params[0].detach(), expected, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(params[1].detach(), second, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{"track": True}, {"restore_every": 2}, {"weight_decay": 0.1},
+                                     {"variant": "sign", "second_moment": False}], ids=str)  # fmt: skip
+def test_blocks_of_a_large_generator_change_nothing(monkeypatch, options):
+    W, grads = STD * randn(9, 14), gradients(9, 14, steps=3)
+    runs = []
+    for halved in (2, 1 << 30):
+        monkeypatch.setattr(_pion_step, "_HALVED", halved)
+        runs.append(train(W, grads, lr=0.01, dtype=torch.float64, **options))
+    (found, optimizer), (expected, other) = runs
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    numbers = [x.report().select_dtypes("number").to_numpy() for x in (optimizer, other)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("sides", ["in", "out", "both"])

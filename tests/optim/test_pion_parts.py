@@ -10,6 +10,7 @@ from orthokit.errors import OptionError, UnknownNameError
 from orthokit.linalg import cayley, cayley_neumann, exp_taylor, packed_size, polish_orthogonal
 from orthokit.linalg._workspace import Workspace
 from orthokit.optim import _pion_skew
+from orthokit.optim._pion_halves import halved_product, unfold_halves
 from orthokit.optim._pion_maps import cayley_change, check_map, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, unfold
 from orthokit.optim._pion_state import fine_weight, split_weight
@@ -45,6 +46,21 @@ def test_skew_product_is_the_folded_difference(shape):
     out = P.new_empty(shape[0], packed_size(shape[1]))
     skew_product(P, Q, out, Workspace())
     torch.testing.assert_close(unfold(out, shape[1]), P @ Q.mT - Q @ P.mT)
+
+
+@pytest.mark.parametrize("b", [2, 3, 8, 9, 400])
+def test_blocks_of_a_matrix_multiply_as_the_whole(b):
+    P, Q, workspace = randn(1, b, 3), randn(1, b, 3, seed=1), Workspace()
+    packed = P.new_empty(1, packed_size(b))
+    halved_product(P, Q, packed, workspace, right=(P.mT, Q.mT))
+    S = P @ Q.mT - Q @ P.mT
+    torch.testing.assert_close(unfold(packed, b), S)
+    blocks = unfold_halves(packed, b, torch.float64, workspace, "A")
+    assert torch.equal(blocks.to(torch.float64), unfold(packed, b))
+    for X, left in ((randn(1, b, 5, seed=2), True), (randn(1, 5, b, seed=2), False)):
+        expected = S @ X if left else X @ S
+        torch.testing.assert_close(blocks.times(X, torch.full_like(X, torch.nan), left=left), expected)
+        torch.testing.assert_close(blocks.times(X, X.clone(), left=left, add=True), X + expected)
 
 
 def polynomial(coefficients: tuple[float, ...], A: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthokit_widgets.adapters_view import AdaptersPage
+    from orthokit_widgets.forgetting_view import ForgettingPage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.race_view import RacePage
     from orthokit_widgets.training_view import TrainingPage
 
-__all__ = ["adapters_page", "momentum_page", "notebook", "race_page", "training_page"]
+__all__ = ["adapters_page", "forgetting_page", "momentum_page", "notebook", "race_page", "training_page"]
 
 
 def notebook() -> None:
@@ -50,6 +51,30 @@ def adapters_page(**settings: Any) -> AdaptersPage:
     from orthokit_widgets.adapters_view import AdaptersPage
 
     return AdaptersPage(**settings)
+
+
+def forgetting_page(**settings: Any) -> ForgettingPage:
+    """The page "Forgetting": what fine-tuning taught and cost a model, run by run, and the way back.
+
+    Args:
+        **settings: Where to start: ``ground``, ``shown`` (a method, or the name of a run in the run store), ``which``
+            (``"mean"`` or a seed), ``path``, ``alpha``; for a run of your own ``method``, ``rate`` (over the tuned
+            learning rate), ``steps``, ``seed``; and ``root``, the folder of runs, and ``evidence``, that of evidence.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = forgetting_page(shown="lora", alpha=0.5)
+        >>> page.state.sentence
+        'Ready: choose a run, or press Start.'
+    """
+    from orthokit_widgets.forgetting_view import ForgettingPage
+
+    return ForgettingPage(**settings)
 
 
 def momentum_page(**settings: Any) -> MomentumPage:

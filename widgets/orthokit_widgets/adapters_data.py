@@ -1,7 +1,7 @@
 """The numbers behind the page "Adapters": real matrices, adapters of a chosen size on them, and what is measured.
 
 Everything is done by the adapters of :mod:`orthokit.adapters` themselves, so that what is seen is what they do. What
-does not depend on the angle (a matrix's own spectrum, directions of generators, laws) is kept between changes.
+does not depend on the angle (a matrix's own spectrum, directions of generators) is kept between changes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from orthokit.adapters.oft import OFTAdapter
 from orthokit.diagnostics.energy import hyperspherical_energy
 from orthokit.errors import MissingExtraError
 from orthokit.lab.pretrained import pretrained_weights, sentence_files
-from orthokit.linalg import plane_singular_values, unpack_skew
+from orthokit.linalg import unpack_skew
 from orthokit_widgets.momentum_data import Cache
 
-__all__ = ["ANGLES", "DEFAULT", "Choice", "Look", "Weight", "catalogue", "law", "law_label", "look", "weight"]
+__all__ = ["DEFAULT", "Choice", "Look", "Weight", "catalogue", "look", "weight"]
 
 #: The matrix that is shown first.
 DEFAULT = "tinygpt/2.attn.q"
-#: Largest angles of the generator at which laws are drawn.
-ANGLES = np.geomspace(1e-3, 3.0, 49)
 _TINYGPT = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 # Its other matrix, output.dense, has 1536 inputs: a dense R of that size takes longer than an answer may.
 _MINILM = (
@@ -46,7 +44,6 @@ _SOURCES = {
 _NEURONS, _PAIRS = 384, 300  # rows whose energy, and pairs of rows whose angles, are measured
 # The largest matrix takes 8 MB in its three forms.
 _WEIGHTS = Cache(64e6, lambda found: found.nbytes)
-_LAWS = Cache(256)
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,7 @@ class Weight:
 
     def angles_of(self, W: Tensor) -> np.ndarray:
         """Angles of the pairs, degrees."""
-        first, second = (nn.functional.normalize(W[rows], dim=1) for rows in self.pairs)
-        cosines = (first * second).sum(1)
-        return torch.rad2deg(cosines.clamp(-1, 1).acos()).numpy()
+        return _angles(*(W[rows] for rows in self.pairs))
 
     @property
     def neurons(self) -> int:
@@ -207,6 +202,33 @@ def _turned_gram(of: Weight, part: Any, W: Tensor) -> Tensor:
     return part.merge(part.merge(of.gram).mT)
 
 
+def _angles(first: Tensor, second: Tensor) -> np.ndarray:
+    """Degrees between rows of the one and of the other."""
+    first, second = (nn.functional.normalize(rows, dim=1) for rows in (first, second))
+    return torch.rad2deg((first * second).sum(1).clamp(-1, 1).acos()).numpy()
+
+
+def _noisy(of: Weight, seed: int, length: float) -> dict[str, np.ndarray]:
+    """What full fine-tuning by noise of that length makes of the spectrum and the angles, without its whole matrix."""
+    cross, square = _noise_grams(of.linear, seed)
+    D = _unit_change(tuple(of.matrix.shape), seed)
+    rows = (of.matrix[rows] + length * D[rows] for rows in of.pairs)
+    # Noise changes the spectrum by far more than rounding; single precision is enough.
+    gram = (of.gram + length * cross + length**2 * square).float()
+    return {"spectrum": _spectrum(gram), "angles": _angles(*rows)}
+
+
+@functools.lru_cache(maxsize=8)
+def _noise_grams(linear: nn.Linear, seed: int) -> tuple[Tensor, Tensor]:
+    """Of ``W + t D`` with unit noise ``D``, the parts of the Gram matrix that go with ``t`` and its square, float64."""
+    W = linear.weight.detach().double()
+    D = _unit_change(tuple(W.shape), seed).double()
+    if W.shape[0] < W.shape[1]:
+        W, D = W.mT, D.mT
+    half = W.mT @ D
+    return half + half.mT, D.mT @ D
+
+
 @torch.no_grad()
 def look(of: Weight, choice: Choice) -> Look:
     """Put an adapter on a matrix and measure what it does.
@@ -226,16 +248,17 @@ def look(of: Weight, choice: Choice) -> Look:
         layer = _TURNED[choice.adapter](of, choice)
         W = layer.effective_weight(dtype=torch.float64)
         length = float((W - of.matrix).norm())
-        rival = _full(of, choice, length).effective_weight()
-        gram, other = _turned_gram(of, layer.adapters["default"], W), _gram(rival)
+        gram = _turned_gram(of, layer.adapters["default"], W)
+        rival = _noisy(of, choice.seed, length)
     else:
         reference = Choice(block_size=choice.block_size, angle=choice.angle, seed=choice.seed)
         turned = _oft(of, reference)
-        rival = turned.effective_weight(dtype=torch.float64)
-        length = float((rival - of.matrix).norm())
+        R = turned.effective_weight(dtype=torch.float64)
+        length = float((R - of.matrix).norm())
         layer = _ADDED[choice.adapter](of, choice, length)
         W = layer.effective_weight()
-        gram, other = _gram(W), _turned_gram(of, turned.adapters["default"], rival)
+        gram, other = _gram(W), _turned_gram(of, turned.adapters["default"], R)
+        rival = {"spectrum": _spectrum(other), "angles": of.angles_of(R)}
     return Look(
         trainable=sum(p.numel() for p in layer.adapters.parameters()),
         matrix=W,
@@ -243,7 +266,7 @@ def look(of: Weight, choice: Choice) -> Look:
         energy=of.energy_of(W),
         angles=of.angles_of(W),
         moved=length / float(of.matrix.norm()),
-        rival={"spectrum": _spectrum(other), "angles": of.angles_of(rival)},
+        rival=rival,
         **_of_rotation(layer.adapters["default"], choice.angle),
     )
 
@@ -356,36 +379,3 @@ def _unit_change(shape: tuple[int, ...], seed: int) -> Tensor:
 
 _TURNED: dict[str, Callable[[Weight, Choice], AdaptedLayer]] = {"oft": _oft, "boft": _boft, "hra": _hra}
 _ADDED: dict[str, Callable[[Weight, Choice, float], AdaptedLayer]] = {"lora": _lora, "full": _full}
-
-
-# --- laws
-
-
-def law_label(map: str, terms: int) -> str:
-    """What charts call a map that is not exact."""
-    return f"k = {terms}" if map == "cayley_neumann" else f"exp, order {terms}"
-
-
-def law(map: str, terms: int, angles: np.ndarray, planes: Tensor, factors: int = 1) -> np.ndarray:
-    r"""``||R^T R - I||_2`` of a map by its law, for one generator at several sizes; kept for :data:`ANGLES`.
-
-    Args:
-        map: One of ``linalg.MAPS``.
-        terms: Its length.
-        angles: Largest angles, ``(n,)``.
-        planes: Angles of all planes over the largest.
-        factors: Number of rotations in a row; with several it is a bound: squared singular values multiply.
-
-    Returns:
-        Errors, ``(n,)``.
-    """
-    key = (map, terms, factors, id(planes)) if angles is ANGLES else None
-    if key is not None and (kept := _LAWS.get(key)) is not None and kept[0] is planes:
-        return kept[1]
-    theta = torch.from_numpy(angles)[:, None] * planes
-    squared = plane_singular_values(map, theta, terms=terms, order=terms).square()
-    low, high = squared.amin(1) ** factors, squared.amax(1) ** factors
-    errors = torch.maximum(high - 1, 1 - low).numpy()
-    if key is not None:
-        _LAWS.put(key, (planes, errors))
-    return errors

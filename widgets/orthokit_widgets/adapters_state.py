@@ -14,18 +14,8 @@ from torch import Tensor
 from orthokit.errors import OrthokitError
 from orthokit.figures import error_at_angle, matrix_picture, pair_angles, spectrum_before_after
 from orthokit.figures.template import number
-from orthokit_widgets.adapters_data import (
-    ANGLES,
-    DEFAULT,
-    Choice,
-    Look,
-    Weight,
-    catalogue,
-    law,
-    law_label,
-    look,
-    weight,
-)
+from orthokit_widgets.adapters_data import DEFAULT, Choice, Look, Weight, catalogue, look, weight
+from orthokit_widgets.adapters_laws import ANGLES, law, law_label
 from orthokit_widgets.fields import Settings
 
 __all__ = ["OPTIONS", "AdaptersState"]

@@ -65,7 +65,9 @@ class Form(Part):
 
 
 class Chart(Part):
-    """One chart of :mod:`orthokit.figures`, with its question above and its answer below."""
+    """One chart of :mod:`orthokit.figures`, its question above and its answer below; a press on a point that carries
+    data comes as ``{"pick": data}`` where somebody listens.
+    """
 
     figure = param.String("{}", doc="What :meth:`show` sends.")
     plot_height = param.Integer(280, doc="Height of the plot in CSS pixels.")

@@ -22,6 +22,7 @@ _ABOUT = {
     "training": "Start, pause and stop a small training; watch its loss, spectra, gap and energy.",
     "race": "Let several optimizers train side by side; watch loss, spectra and drift, per step or per second.",
     "adapters": "Put OFT, BOFT, HRA or LoRA on real weights; see what stays and how orthogonal the rotation is.",
+    "forgetting": "See what fine-tuning learnt and forgot, run by run; pull a run back along its path; start your own.",
 }
 
 
@@ -46,6 +47,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
 
     from orthokit.lab.runs import runs_root
     from orthokit_widgets.adapters_view import AdaptersPage
+    from orthokit_widgets.forgetting_view import ForgettingPage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.page import PAGES
     from orthokit_widgets.race_view import RacePage
@@ -70,6 +72,10 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         pn.extension("plotly")
         return AdaptersPage(links=True)
 
+    def forgetting() -> Any:
+        pn.extension("plotly")
+        return ForgettingPage(links=True, root=folder)
+
     links = "".join(f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items())
     template = Template((Path(__file__).parent / "assets" / "index.html").read_text(encoding="utf-8"))
     index = template.substitute(items=links, root=escape(str(folder)))
@@ -92,7 +98,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         "websocket_origin": [f"{host}:{port}" for host in hosts],
         "use_index": False,
     }
-    pages: Any = {"momentum": momentum, "training": training, "race": race, "adapters": adapters}
+    pages: Any = {made.__name__: made for made in (momentum, training, race, adapters, forgetting)}
     server = get_server(pages, port=port, **options)
     if port == 0:
         # The origins have to name the port that the system chose.

@@ -22,7 +22,7 @@ from orthokit.lab.tasks import image_classification, language_modelling
 from orthokit.matrices import matrices
 from orthokit.optim import for_model
 
-__all__ = ["RANK", "Curves", "LiveRun", "load", "stop_all"]
+__all__ = ["RANK", "Curves", "LiveRun", "load", "reserve", "stop_all"]
 
 #: The gap shown is that between this singular value of the momentum and the next.
 RANK = 5
@@ -69,7 +69,7 @@ class LiveRun:
     def __init__(self, settings: dict[str, Any], root: str | Path) -> None:
         self.settings, self.root = settings, Path(root)
         kind = [settings["optimizer"]] if settings["optimizer"] == "adamw" else ["muon", settings["order"]]
-        self.name = _reserve(self.root, "-".join([*kind, settings["model"], settings["data"]]))
+        self.name = reserve(self.root, "-".join([*kind, settings["model"], settings["data"]]))
         self.curves = Curves(self.name)
         #: ``"preparing"``, ``"running"``, ``"finished"``, ``"stopped"`` or ``"failed"``.
         self.status = "preparing"
@@ -219,8 +219,8 @@ def _watched(model: torch.nn.Module) -> list[str]:
     return [names[place] for place in places]
 
 
-def _reserve(root: Path, name: str) -> str:
-    """A name that no run has, here or in another session of this server."""
+def reserve(root: Path, name: str) -> str:
+    """A name that no run has, here or in another session of this server: ``name``, or with a number after it."""
     with _reserving:
         number = 1
         while (path := root / (name if number == 1 else f"{name}-{number}")) in _reserved or path.exists():

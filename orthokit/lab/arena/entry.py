@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from orthokit.adapters.base import PartConfig
-from orthokit.errors import MissingExtraError, OptionError, unknown_name
+from orthokit.errors import OptionError, unknown_name
 from orthokit.lab.arena.grounds import ground_named, pretrained_model, target_task, targets_of
-from orthokit.lab.arena.methods import METHODS, attached, budget_settings
+from orthokit.lab.arena.methods import METHODS, attached, budget_settings, check_installed
 from orthokit.lab.racer import Racer
 
 __all__ = ["enter"]
@@ -49,19 +50,38 @@ def enter(
         >>> racer.advance() > 0
         True
     """
+    return entered(ground, method, lr=lr, seed=seed, size=size, steps=steps, small=small).racer
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A fine-tuning, the size of its method and how many numbers it trains, a head apart."""
+
+    racer: Racer
+    size: int
+    trainable: int
+
+
+def entered(
+    ground: str,
+    method: str | PartConfig,
+    *,
+    lr: float,
+    seed: int,
+    size: int | None = None,
+    steps: int | None = None,
+    small: bool = False,
+) -> Entered:
+    """:func:`enter`, with what a record of it says."""
     place = ground_named(ground)
-    if not lr > 0:
+    if not (lr > 0 and math.isfinite(lr)):
         raise OptionError(f"the learning rate must be above 0; got {lr}.")
     recipe = METHODS["full"]
     if isinstance(method, str):
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
         recipe = METHODS[method]
-        if recipe.package and importlib.util.find_spec(recipe.package) is None:
-            raise MissingExtraError(
-                f"{recipe.label} comes from the package {recipe.package}, which is not installed. Install it with: "
-                f"pip install {recipe.package}"
-            )
+        check_installed(recipe)
         size = budget_settings(ground)[method][0] if size is None else size
     model, targets = pretrained_model(ground, small), targets_of(place, small)
     if isinstance(method, str):
@@ -75,4 +95,5 @@ def enter(
             p.requires_grad_(True)
         groups.append({"params": rest, "lr": place.head_lr})
     length = place.steps if steps is None else steps
-    return Racer(model, target_task(ground, seed, small), recipe.optimizer(groups), steps=length)
+    racer = Racer(model, target_task(ground, seed, small), recipe.optimizer(model, groups), steps=length)
+    return Entered(racer, size or 0, sum(p.numel() for p in chosen))

@@ -13,7 +13,15 @@ export function render({ model, el }) {
   figure.append(title, plot, empty, caption);
   el.append(figure);
 
-  let busy = false, again = false, width = 0;
+  let busy = false, again = false, width = 0, listening = false;
+  function listen() {
+    if (listening) return;
+    listening = true;
+    plot.on("plotly_click", (event) => {
+      const point = event.points.find((each) => each.customdata);
+      if (point) model.send_msg({ pick: point.customdata });
+    });
+  }
   async function draw() {
     if (busy) { again = true; return; }
     busy = true;
@@ -31,6 +39,7 @@ export function render({ model, el }) {
       width = plot.clientWidth;
       // A slow browser skips frames instead of queueing them.
       await window.Plotly.react(plot, data, { ...layout, width: width || undefined, height: model.plot_height }, CONFIG);
+      listen();
     } while (again);
     busy = false;
   }
