@@ -120,8 +120,8 @@ def rates_and_scores(
         xlabel: Name of the horizontal axes.
         gain: Name and unit of the left axis.
         forgetting: Name and unit of the right axis.
-        most: Where the axes of values end, on the bad side: least gain and most forgetting shown are ``-most`` and
-            ``most``; default all.
+        most: Most forgetting that is shown; the left axis then ends where as much is lost as the best gains. Default
+            all.
         title: The question the chart answers.
 
     Returns:
@@ -153,14 +153,16 @@ def rates_and_scores(
             told += f"; at twice that rate it forgets {number(f[at + 1])}" if _double(across, at) else ""
         said.append(told)
         every.append(across)
-        heights.append((float(np.nanmax(g)), float(np.nanmin(f))))
+        heights.append((float(np.nanmax(g)), float(np.nanmin(g)), float(np.nanmin(f))))
     if not data:
         raise ShapeError("every run diverged; there is nothing to draw.")
     left, right = (axis(name, zeroline=True, zerolinecolor=GUIDE) for name in (gain, forgetting))
     if most is not None:
-        room = 0.08 * float(most)
-        left["range"] = [-float(most), max(top for top, _ in heights) + room]
-        right["range"] = [min(0.0, min(low for _, low in heights)) - room, float(most)]
+        top = max(best for best, _, _ in heights)
+        low = max(min(worst for _, worst, _ in heights), -top)
+        least = min(0.0, min(value for _, _, value in heights))
+        left["range"] = [low - 0.08 * abs(top), top + 0.08 * abs(top)]
+        right["range"] = [least - 0.08 * float(most), float(most)]
     return build(
         "rates_and_scores",
         data,

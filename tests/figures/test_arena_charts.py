@@ -102,9 +102,8 @@ def test_rates_tell_what_is_traded_at_the_best_one_and_beyond():
 
 def test_values_beyond_the_end_of_the_axes_are_cut():
     layout = front.rates_and_scores({"A": ([1, 2], [1, -50], [0.1, 99])}, most=2)["layout"]
-    assert layout["yaxis"]["range"] == pytest.approx([-2, 1.16]) and layout["yaxis2"]["range"] == pytest.approx(
-        [-0.16, 2]
-    )
+    assert layout["yaxis"]["range"] == pytest.approx([-1.08, 1.08])
+    assert layout["yaxis2"]["range"] == pytest.approx([-0.16, 2])
 
 
 def test_ways_back_tell_shares_halfway():

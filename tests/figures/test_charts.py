@@ -13,10 +13,10 @@ from orthokit.errors import DtypeError, NonFiniteError, OptionError, ShapeError,
 T = [1, 2, 5, 10, 100]
 BETAS = [0.0, 0.5, 0.9, 0.99]
 STEPS = np.arange(0, 50, 10)
-PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost")
+PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost", "forgetting_matrices")
 # Ticks that are names say it all.
 BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"} | dict.fromkeys(
-    ("kept_and_broken", "step_costs"), "yaxis"
+    ("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"), "yaxis"
 )
 
 
@@ -84,6 +84,33 @@ def charts():
         "pair_angles": F.pair_angles([80.0, 95.0], {"turned": [80.0, 95.0], "added": [81.0, 90.0]}),
         "matrix_picture": F.matrix_picture(rng.standard_normal((5, 7)), name="R − I", cells=3),
         "energy_by_matrix": F.energy_by_matrix(["a", "b"], {"trained": [0.8, 0.7], "uniform": [0.7, 0.75]}),
+        "forgetting_matrices": F.forgetting_matrices({"a": [[2, 50], [40, 4]]}),
+        "penalty_weights": F.penalty_weights({"EWC": ([1, 10], [3, 2], 10)}),
+        "stability_plasticity": F.stability_plasticity(
+            {"A": [[2, 1.0], [2.2, 1.2]], "B": [[1, 2.0], [1.1, 2.1]]},
+            xlabel="gained (nats)",
+            ylabel="forgotten (nats)",
+        ),
+        "rates_and_scores": F.rates_and_scores({"A": ([1, 2, 4], [0.5, 1.0, np.nan], [0.1, 0.2, np.nan])}, most=1),
+        "ways_back": F.ways_back(
+            {"straight": ([0, 0.5, 1], [[0, 1.4, 2.0], [0, 1.6, 2.0]], [[0, 0.1, 1.0], [0, 0.1, 1.0]])},
+            {"safe": [[1.5, 0.1], [1.6, 0.2]]},
+            xlabel="gained (nats)",
+            ylabel="forgotten (nats)",
+        ),
+        "correlation_forest": F.correlation_forest({"Spearman": {"CKA": (0.8, 0.5, 0.9)}}, runs=20, methods=5),
+        "direction_profiles": F.direction_profiles(
+            {"A": {"retention": [0.1, 0.0, 0.2], "adaptation": [0.6, 0.8, 0.0]}}, layer="blocks.0.attn.q"
+        ),
+        "distortion_scatter": F.distortion_scatter(
+            {"A": ([1, 2, 3], [1, 2, np.nan]), "B": ([4], [4])}, xlabel="a", ylabel="b"
+        ),
+        "layer_map": F.layer_map(["q", "k"], {"A": [0.1, np.nan]}, name="residual"),
+        "rank_phases": F.rank_phases({"A": ([0, 1, 2], [[17.0, 2.0, 8.0], [19.0, 4.0, 8.0]])}),
+        "phase_forest": F.phase_forest({"rise": {"A": [[0.3, 0.1, 0.5]]}}),
+        "rank_by_layer": F.rank_by_layer({"step 0": [[3, 9], [5, 9]], "end": [1, 2]}, layers=["norm", "embed"]),
+        "rank_and_loss": F.rank_and_loss({"A": ([8, 4, 4.1], [17, 3, 20])}, points={"longer": (1.5, 25)}),
+        "rank_after_finetuning": F.rank_after_finetuning({"new": {"OFT": [0.1, 0.2], "LoRA": [-0.1, 0.1]}}),
     }
 
 

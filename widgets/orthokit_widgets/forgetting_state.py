@@ -122,7 +122,7 @@ class ForgettingState(Settings):
     def _fit_shown(self) -> None:
         """Methods, recorded or not, and the runs of the store on this ground."""
         found = {} if self.record is None else self.record.runs
-        words = {name: entry.label + ("" if name in found else ", not recorded") for name, entry in METHODS.items()}
+        words = {name: entry.label + ", not recorded" * (name not in found) for name, entry in METHODS.items()}
         kept = [name for name, asked in self._kept.items() if asked["ground"] == self.ground]
         if self.live is not None and self.live.ground == self.ground:
             kept = [self.live.name, *(name for name in kept if name != self.live.name)]
@@ -146,7 +146,7 @@ class ForgettingState(Settings):
 
     @property
     def can_start(self) -> bool:
-        """Whether a run on this ground takes seconds; others are left to the study."""
+        """Whether a run on this ground takes seconds."""
         return self.ground in _LIVE
 
     @property
@@ -227,15 +227,13 @@ class ForgettingState(Settings):
     def portrait(self) -> Portrait | None:
         """What is shown; ``None`` where there is nothing, or not yet."""
         if self.shown in METHODS:
-            return self._of_record(self.shown, self.which)
+            seed = None if self.which == _MEAN else int(self.which)
+            return None if self.record is None else self.record.portrait(self.shown, seed)
         if self.live is not None and self.shown == self.live.name:
             found = self.live.read()
             return None if found is None else replace(found, label="your run")
         found = self._loaded.get(self.shown)
         return None if found is None else replace(found, label=f"your run {self.shown}")
-
-    def _of_record(self, method: str, which: str) -> Portrait | None:
-        return None if self.record is None else self.record.portrait(method, None if which == _MEAN else int(which))
 
     def way(self, portrait: Portrait | None) -> str:
         """The path that is walked: the one chosen, or the only one there is."""
