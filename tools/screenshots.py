@@ -63,7 +63,15 @@ def adapters(page: Page) -> None:
     page.screenshot(path=DOCS / "adapters.png", full_page=True)
 
 
-PAGES = {"momentum": momentum, "race": race, "adapters": adapters}
+def forgetting(page: Page) -> None:
+    """A recorded run, part of its way back."""
+    page.goto(f"http://127.0.0.1:{PORT}/forgetting?alpha=0.4")
+    page.get_by_text("Ready: choose a run").wait_for()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=DOCS / "forgetting.png", full_page=True)
+
+
+PAGES = {"momentum": momentum, "race": race, "adapters": adapters, "forgetting": forgetting}
 
 
 def main() -> None:

@@ -206,7 +206,8 @@ def ways_back(
         >>> figure["layout"]["meta"]["caption"]
         'At α = 0.5: A keeps 75% of its gain and 10% of its forgetting.'
     """
-    data, said = [], []
+    data: list[dict[str, Any]] = []
+    said: dict[float, list[str]] = {}
     for index, (label, entry) in enumerate(named("paths", paths).items()):
         alphas, gains, forgettings = _three(label, entry)
         for g, f in zip(gains, forgettings, strict=True) if len(gains) > 1 else ():
@@ -219,15 +220,16 @@ def ways_back(
         trace["textfont"] = {"size": 11, "color": trace["line"]["color"]}
         trace["hovertemplate"] = "α = %{customdata:g}: gained %{x:.3g}, forgotten %{y:.3g}<extra>" + label + "</extra>"
         data.append(trace)
-        halfway = np.flatnonzero(np.isclose(alphas, 0.5))
-        if len(halfway) and g[-1] > 0 and f[-1] > 0:
-            at = int(halfway[0])
-            said.append(f"{label} keeps {g[at] / g[-1]:.0%} of its gain and {f[at] / f[-1]:.0%} of its forgetting")
+        at = int(np.abs(alphas - 0.5).argmin())
+        if 0 < at < len(alphas) - 1 and g[-1] > 0 and f[-1] > 0:
+            told_at = f"{label} keeps {g[at] / g[-1]:.0%} of its gain and {f[at] / f[-1]:.0%} of its forgetting"
+            said.setdefault(float(alphas[at]), []).append(told_at)
     count = len(paths)
     for index, (label, pairs) in enumerate(named("stops", stops).items() if stops else ()):
         runs = array(f"runs of {label!r}", pairs, dims=(2,))
         data += _method(label, runs, count + index, "top center", "", False, 0.95)
-    caption = f"At α = 0.5: {'; '.join(said)}." if said else "No path has a middle, a gain and a forgetting."
+    halves = [f"At α = {at:g}: {'; '.join(words)}." for at, words in said.items()]
+    caption = " ".join(halves) or "No path has a middle, a gain and a forgetting."
     return build(
         "ways_back",
         data,

@@ -173,11 +173,12 @@ def _block(unit: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+_ARENA = ("entry", "ground", "grounds", "language", "methods", "texts")
 _COMMON = (
     *(f"studies/{name}.py" for name in ("adapters", "adapter_geometry", "adapter_study")),
     *(f"adapters/{name}.py" for name in ("base", "sites", "layer", "_initialise", "attach", "targets", "stack")),
     *(f"lab/{name}.py" for name in ("racer", "tasks", "text_tasks", "encoder", "models", "schedules", "glosses")),
-    *(f"lab/{name}.py" for name in ("pretrained", "corpora", "arena/entry", "arena/grounds", "arena/methods")),
+    *(f"lab/{name}.py" for name in ("pretrained", "corpora", "eras", *(f"arena/{part}" for part in _ARENA))),
 )
 _TURNS = ("adapters/_rotating.py", "adapters/_turn.py", "adapters/_rotation.py", "linalg/_skew_places.py")
 _BLOCKS = (

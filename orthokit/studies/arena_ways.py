@@ -149,7 +149,7 @@ def equal_gain_savings(
     one, other = (_by_seed(table, ground, *way) for way in (first, second))
     savings = []
     for seed in sorted(one.keys() & other.keys()):
-        (g, f), (h, k) = ([_refined(values) for values in way[seed]] for way in (one, other))
+        (g, f), (h, k) = one[seed], other[seed]
         most = min(max(g), max(h))
         grid = most * (np.arange(_GRID) + 0.5) / _GRID
         gaps = [forgetting_at_gain(h, k, gain) - forgetting_at_gain(g, f, gain) for gain in grid]
@@ -178,7 +178,9 @@ def path_savings(table: pd.DataFrame, ground: str, label: str) -> list[float]:
     return [saved / end if end > 0 else math.nan for saved, end in zip(savings, ends, strict=True)]
 
 
-def overshoot(table: pd.DataFrame, ground: str, label: str, *, path: str | None = None, at: float = 0.5) -> list[float]:
+def overshoot(
+    table: pd.DataFrame, ground: str, label: str, *, path: str | None = None, at: float | None = None
+) -> list[float]:
     r"""By going back to a point of the path: the share of forgetting undone minus the share of gain given up.
 
     $(1 - F(\alpha)/F(1)) - (1 - G(\alpha)/G(1))$, above zero where the last stretch forgot more than it gained.
@@ -188,7 +190,7 @@ def overshoot(table: pd.DataFrame, ground: str, label: str, *, path: str | None 
         ground: One of its grounds.
         label: Label of a method.
         path: Its path; default that of rotations with the root, as published, else the dense one.
-        at: The point, one of those of the path; default halfway.
+        at: The point, one of those of the path; default the one nearest to halfway.
 
     Returns:
         One number a seed; NaN where nothing was gained or forgotten.
@@ -199,13 +201,13 @@ def overshoot(table: pd.DataFrame, ground: str, label: str, *, path: str | None 
     if path is None and "cayley_sqrt" in arena_paths(table, ground).get(label, {}):
         path = "cayley_sqrt"
     alphas, gains, forgettings = _way(table, ground, label, path)
-    places = [index for index, alpha in enumerate(alphas) if math.isclose(alpha, at, abs_tol=1e-9)]
-    if not places:
+    place = int(np.abs(np.asarray(alphas) - (0.5 if at is None else at)).argmin())
+    if at is not None and not math.isclose(alphas[place], at, abs_tol=1e-9):
         raise ReportError(f"the path of {label} has no point {at:g}; it has {', '.join(f'{a:g}' for a in alphas)}.")
     shares = []
     for g, f in zip(gains, forgettings, strict=True):
         whole = g[-1] > 0 and f[-1] > 0
-        shares.append(g[places[0]] / g[-1] - f[places[0]] / f[-1] if whole else math.nan)
+        shares.append(g[place] / g[-1] - f[place] / f[-1] if whole else math.nan)
     return shares
 
 
@@ -253,20 +255,20 @@ def stop_savings(table: pd.DataFrame, ground: str, label: str, rule: str, *, pat
     stops = arena_stops(table, ground).get(label, {})
     if rule not in stops:
         raise unknown_name(f"rule of {label}", rule, stops)
-    _, gains, forgettings = _way(table, ground, label, path)
+    curves = _by_seed(table, ground, label, path).values()
     return [
-        forgetting_at_gain(_refined(g), _refined(f), gain) - forgetting
-        for g, f, (gain, forgetting) in zip(gains, forgettings, stops[rule], strict=True)
+        forgetting_at_gain(g, f, gain) - forgetting
+        for (g, f), (gain, forgetting) in zip(curves, stops[rule], strict=True)
     ]
 
 
-def _refined(values: Any) -> np.ndarray:
+def _refined(values: Any, across: Any) -> np.ndarray:
     """Twenty points for one, on the cubic Hermite curve whose slopes are central differences."""
-    v = np.asarray(values, dtype=float)
+    v, x = np.asarray(values, dtype=float), np.asarray(across, dtype=float)
     if len(v) < 3:
         return v
-    t, slopes = np.arange(_FINER) / _FINER, np.gradient(v, edge_order=2)
-    a, b, down, up = (each[:, None] for each in (v[:-1], v[1:], slopes[:-1], slopes[1:]))
+    t, slopes, widths = np.arange(_FINER) / _FINER, np.gradient(v, x, edge_order=2), np.diff(x)
+    a, b, down, up = (each[:, None] for each in (v[:-1], v[1:], slopes[:-1] * widths, slopes[1:] * widths))
     fine = a * (1 + 2 * t) * (1 - t) ** 2 + down * t * (1 - t) ** 2 + b * t**2 * (3 - 2 * t) + up * t**2 * (t - 1)
     return np.append(fine.ravel(), v[-1])
 
@@ -281,11 +283,12 @@ def _way(table: pd.DataFrame, ground: str, label: str, path: str | None) -> Path
 
 
 def _by_seed(table: pd.DataFrame, ground: str, label: str, path: str | None) -> dict[int, tuple[Any, Any]]:
-    """Rows of a path are in the order of the seeds."""
+    """Seed to the refined gains and forgettings; rows of a path are in the order of the seeds."""
     rows = _rewound(table, ground)
     seeds = sorted(set(rows.loc[rows["label"] == label, "seed"]))
-    _, gains, forgettings = _way(table, ground, label, path)
-    return dict(zip(map(int, seeds), zip(gains, forgettings, strict=True), strict=True))
+    alphas, gains, forgettings = _way(table, ground, label, path)
+    curves = ((_refined(g, alphas), _refined(f, alphas)) for g, f in zip(gains, forgettings, strict=True))
+    return dict(zip(map(int, seeds), curves, strict=True))
 
 
 def own_path(paths: dict[str, Path]) -> Path:

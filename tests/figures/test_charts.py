@@ -16,7 +16,8 @@ STEPS = np.arange(0, 50, 10)
 PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost", "forgetting_matrices")
 # Ticks that are names say it all.
 BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"} | dict.fromkeys(
-    ("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"), "yaxis"
+    ("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"),
+    "yaxis",
 )
 
 

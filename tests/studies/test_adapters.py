@@ -24,6 +24,7 @@ from orthokit.studies import (
     ADAPTER_TRACKS,
     adapt_once,
     adapted_at,
+    adapter_budget,
     adapter_geometry,
     adapter_study,
     kept_at,
@@ -48,7 +49,7 @@ def layer(out: int = 10, width: int = 8, *, seed: int = 0) -> nn.Linear:
 
 
 def test_budgets_are_those_of_attached_models_and_as_near_as_a_size_allows():
-    settings = budget_settings("tinygpt")
+    settings = adapter_budget("tinygpt")
     aim = settings["oft"][1]
     for name, (_, count) in settings.items():
         racer = enter("tinygpt", name, lr=1e-3, seed=0, steps=1)

@@ -38,8 +38,7 @@ _SENTENCES = {
     "stopped": "Stopped after step {step}.",
     "failed": "Failed after step {step}.",
 }
-_MOST_KEPT = 20  # runs of the store that are offered
-_MEAN = "mean"
+_MOST_KEPT, _MEAN = 20, "mean"  # runs of the store that are offered; what stands for all seeds
 
 
 class ForgettingView(Settings):
@@ -122,7 +121,7 @@ class ForgettingState(Settings):
     def _fit_shown(self) -> None:
         """Methods, recorded or not, and the runs of the store on this ground."""
         found = {} if self.record is None else self.record.runs
-        words = {name: entry.label + ", not recorded" * (name not in found) for name, entry in METHODS.items()}
+        words = {name: each.label + ", not recorded" * (name not in found) for name, each in METHODS.items()}
         kept = [name for name, asked in self._kept.items() if asked["ground"] == self.ground]
         if self.live is not None and self.live.ground == self.ground:
             kept = [self.live.name, *(name for name in kept if name != self.live.name)]
@@ -189,7 +188,7 @@ class ForgettingState(Settings):
 
     def close(self) -> None:
         """Nobody looks any more: train and read no further."""
-        # Not the worker's request itself: dropped before it began, it would never be told to have ended.
+        # The worker keeps its request: dropped before it began, it would never be told to have ended.
         self.stop()
         self.reader.forget()
 
