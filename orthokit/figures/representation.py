@@ -21,7 +21,6 @@ from orthokit.figures.template import (
     guide,
     line,
     listing,
-    log_axis,
     number,
     style,
 )
@@ -30,6 +29,8 @@ __all__ = ["phase_forest", "rank_after_finetuning", "rank_and_loss", "rank_by_la
 
 # Step 0 has no place on a log axis; it stands one octave before step 1.
 _ZERO = 0.5
+# Ticks of a logarithmic axis of losses; those outside are not drawn.
+_BITS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
 def rank_phases(
@@ -89,9 +90,8 @@ def rank_phases(
     if banded:
         caption += f" Bands: {level:.0%} interval of the mean over seeds."
     most = max(grid)
-    ticks = sorted(
-        {0.0, *(10.0**k for k in range(8) if 10.0**k <= most), *(2.0**k for k in (1, 2, 4, 6) if most < 200)}
-    )
+    base = 2.0 if most <= 300 else 10.0
+    ticks = [0.0, *(base**k for k in range(9) if base**k <= most)]
     shown = [step for step in ticks if step > 0 or 0 in grid]
     where = {"tickvals": [step or _ZERO for step in shown], "ticktext": [f"{step:g}" for step in shown]}
     return build(
@@ -133,6 +133,7 @@ def phase_forest(
     rows = nested("phases", phases, row="phase", column="label")
     data, said = [], []
     labels = list(next(iter(rows.values())))
+    room = 0.84 / len(labels)  # of the distance between two phases
     for index, label in enumerate(labels):
         points, places = [], []
         for k, (phase, of) in enumerate(rows.items()):
@@ -141,7 +142,7 @@ def phase_forest(
                 raise OptionError(f"every size of {phase!r} must lie in its interval (size, low, high).")
             points.append(runs)
             spread = np.arange(len(runs)) - (len(runs) - 1) / 2
-            places += list(k + 0.36 * (index - (len(labels) - 1) / 2) + 0.3 / max(len(runs), 4) * spread)
+            places += list(k + room * (index - (len(labels) - 1) / 2 + 0.7 * spread / max(len(runs), 2)))
         data.append(_forest(label, np.concatenate(points), np.array(places), index, float(least), size=7))
     for phase, of in rows.items():
         low = np.concatenate([np.asarray(of[label], dtype=float)[:, 1] for label in labels])
@@ -154,7 +155,7 @@ def phase_forest(
         title=title,
         caption=f"{'; '.join(said)}. Present: the whole interval lies right of {number(least)} "
         f"({number(100 * float(least))} %).",
-        height=170 + 110 * len(rows),
+        height=170 + (60 + 28 * len(labels)) * len(rows),
         xaxis=axis("size of the phase: |log of the factor in RankMe|", zeroline=True, zerolinecolor=GUIDE),
         yaxis=axis("", tickmode="array", tickvals=list(range(len(rows))), ticktext=list(rows), autorange="reversed"),
     )
@@ -258,8 +259,8 @@ def rank_and_loss(
         data,
         title=title,
         caption=f"Ends: {'; '.join(said)}.",
-        xaxis=log_axis("validation loss (bits per byte), falling to the right", *(t["x"] for t in data))
-        | {"autorange": "reversed"},
+        xaxis=axis("validation loss (bits per byte), falling to the right", type="log", autorange="reversed")
+        | {"tickmode": "array", "tickvals": list(_BITS), "ticktext": [f"{bits:g}" for bits in _BITS]},
         yaxis=axis(ylabel, rangemode="tozero"),
     )
 

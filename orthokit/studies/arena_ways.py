@@ -223,15 +223,16 @@ def overshoot_gain(table: pd.DataFrame, ground: str, label: str, *, path: str | 
         path: Its path; default the one that belongs to it.
 
     Returns:
-        Gain there minus gain at the end, one number a seed; 0 where the others are best at the end.
+        Gain there minus gain at the end, one number a seed; 0 where the others are best at the end, NaN where there are
+        no others.
 
     Raises:
-        ReportError: The record lacks that method or path, or has one seed only.
+        ReportError: The record lacks that method or path.
     """
     _, gains, _ = _way(table, ground, label, path)
     each = np.asarray(gains, dtype=float)
     if len(each) < 2:
-        raise ReportError(f"choosing a point on other seeds needs two at least; {label} has {len(each)}.")
+        return [math.nan] * len(each)
     chosen = [int(np.delete(each, seed, axis=0).mean(axis=0).argmax()) for seed in range(len(each))]
     return [float(row[at] - row[-1]) for row, at in zip(each, chosen, strict=True)]
 
