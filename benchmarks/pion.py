@@ -7,7 +7,7 @@ CPUs, so the baseline is torch.optim.Muon, the optimizer it would replace. The r
 Two more candidates do what no Pion can leave out: its products alone, and one pass of fused AdamW over its moments.
 Their sum is the least a step could take with these operations, and is printed below the tables. What lies above it is
 folding and unfolding generators, rounding them and the weights to the dtype of the products, and the calls themselves:
-for the GPT the time of each class of operation is printed as well, as torch's profiler finds it within whole steps.
+for the GPT the share of each class of operation is printed as well, as torch's profiler finds it within whole steps.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import Case, Options, Result, run
-from benchmarks.optimizers import Build, Shapes, fastest, gpt_shapes, newton_schulz_flop, roof, stepper
+from benchmarks.optimizers import Build, Shapes, gpt_shapes, newton_schulz_flop, roof, stepper
 from orthokit.device import fast_matmul_dtype
 from orthokit.linalg.skew import packed_size
 from orthokit.optim import Muon, Pion
@@ -39,6 +39,8 @@ CLASSES = {
     "norms": ("aten::linalg_vector_norm", "aten::_foreach_norm"),
     "sums and factors": ("aten::add", "aten::mul", "aten::neg", "aten::bitwise", "aten::sub", "aten::addcmul"),
 }
+
+REST = "other operations"
 
 RIVALS: dict[str, Build] = {
     "torch.optim.Muon": lambda p: torch.optim.Muon(p, lr=1e-3),
@@ -189,35 +191,30 @@ def floor_lines(result: Result, shapes: Shapes) -> list[str]:
     return lines
 
 
-def class_seconds(step: Callable[[], object], steps: int = 4) -> dict[str, float]:
-    """Seconds of one step, the mean of two, by class of operation; the last entry is what no operation accounts for.
+def class_shares(step: Callable[[], object], steps: int = 4) -> dict[str, float]:
+    """Share of a step's time inside operations, by class; the last entry is all other operations.
 
-    The profiler slows every call, so only the time inside operations is taken from it; the rest is the difference to
-    steps without it.
+    Shares, since the profiler slows every call: its seconds add up to more than a step takes without it.
     """
-    alone = fastest(lambda: (step(), step())) / 2  # two: one turns the in-sides, one the out-sides
+    step(), step()  # two: one turns the in-sides, one the out-sides
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps):
             step()
-    seconds: dict[str, float] = defaultdict(float)
+    times: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
-        name = next((name for name, starts in CLASSES.items() if event.key.startswith(starts)), None)
-        if name is not None:
-            seconds[name] += event.self_cpu_time_total / steps / 1e6
-    seconds = {name: seconds[name] for name in CLASSES}
-    return seconds | {"rest: interpreter, views, small operations": alone - sum(seconds.values())}
+        times[next((name for name, starts in CLASSES.items() if event.key.startswith(starts)), REST)] += (
+            event.self_cpu_time_total
+        )
+    whole = sum(times.values())
+    return {name: times[name] / whole for name in (*CLASSES, REST)}
 
 
 def class_lines(shapes: Shapes) -> list[str]:
-    """Where a step of Pion spends its time, turning both sides and one, in units of the baseline."""
-    base = fastest(stepper(RIVALS["torch.optim.Muon"], shapes))
+    """Where a step of Pion spends its time, turning both sides and one."""
     lines = []
     for name in ("Pion", "Pion, alternate"):
-        found = class_seconds(stepper(partial(Pion, lr=1e-3, **OURS[name]), shapes))
-        lines.append(
-            f"{name}: {sum(found.values()) * 1e3:.4g} ms, {sum(found.values()) / base:.2f} of torch.optim.Muon"
-        )
-        lines += [f"  {seconds * 1e3:8.4g} ms  {seconds / base:.2f}  {kind}" for kind, seconds in found.items()]
+        found = class_shares(stepper(partial(Pion, lr=1e-3, **OURS[name]), shapes))
+        lines.append(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in found.items()))
     return lines
 
 
@@ -228,7 +225,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     known = layouts(quick=True) | layouts(quick=False)
     for result in results:
         print("\n".join(floor_lines(result, known[result.case.title][0])))
-    print(f"\nWhere a step goes: {results[0].case.title}, profiled after the tables, best of a few steps")
+    print(f"\nWhere a step goes: {results[0].case.title}, profiled after the tables")
     print("\n".join(class_lines(known[results[0].case.title][0])))
     return results
 

@@ -139,9 +139,9 @@ def distortion_scatter(
             raise ShapeError(f"{label!r} has {len(x)} values of the diagnostic and {len(y)} of forgetting.")
         good = np.isfinite(x) & np.isfinite(y)
         x, y = x[good], y[good]
-        trace = _styled(line(label, x, y, index, markers=True), index) | {"mode": "markers"}
+        trace: dict[str, Any] = _styled(line(label, x, y, index, markers=True), index)
         trace["marker"]["size"] = 9
-        data.append(trace)
+        data.append(trace | {"mode": "markers"})
         left.append((x, y))
         if len(x) >= 3:
             inside.append(_ranked(x, y))

@@ -222,8 +222,9 @@ def ways_back(
         data.append(trace)
         at = int(np.abs(alphas - 0.5).argmin())
         if 0 < at < len(alphas) - 1 and g[-1] > 0 and f[-1] > 0:
-            told_at = f"{label} keeps {g[at] / g[-1]:.0%} of its gain and {f[at] / f[-1]:.0%} of its forgetting"
-            said.setdefault(float(alphas[at]), []).append(told_at)
+            kept = [f"{part[at] / part[-1]:.0%}".replace("-", "−") for part in (g, f)]
+            words = f"{label} keeps {kept[0]} of its gain and {kept[1]} of its forgetting"
+            said.setdefault(float(alphas[at]), []).append(words)
     count = len(paths)
     for index, (label, pairs) in enumerate(named("stops", stops).items() if stops else ()):
         runs = array(f"runs of {label!r}", pairs, dims=(2,))

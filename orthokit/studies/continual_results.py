@@ -60,7 +60,7 @@ def continual_matrices(table: pd.DataFrame, protocol: str) -> dict[str, Forgetti
         mine = _rows(rows, method=name)
         if not len(mine):
             continue
-        seeds, tasks = sorted(set(mine["seed"])), int(mine["task"].max()) + 1
+        seeds, tasks = sorted(set(mine["seed"])), int(max(mine["task"])) + 1
         errors = torch.full((len(seeds), tasks, tasks), float("nan"), dtype=torch.float64)
         place = {seed: i for i, seed in enumerate(seeds)}
         for row in mine.itertuples():

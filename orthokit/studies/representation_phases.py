@@ -202,8 +202,8 @@ def representation_phases(
         size, optimizer, seed = cast("tuple[str, str, int]", key)
         wide = run.pivot(index="left_out", columns="step", values=f"rankme_{values}")
         blocks = wide[wide.index >= 0].to_numpy()
-        curves = (wide.loc[part].to_numpy() for part in (-2, -1))
-        found = phase_test([int(step) for step in wide.columns], *curves, blocks, least=least, level=level)
+        chosen, measured = (wide.loc[part].to_numpy() for part in (-2, -1))
+        found = phase_test([int(step) for step in wide.columns], chosen, measured, blocks, least=least, level=level)
         labels = {"size": size, "optimizer": CONTESTANTS[optimizer].label, "seed": int(seed)}
         rows += [
             {

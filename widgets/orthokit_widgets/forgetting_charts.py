@@ -54,7 +54,7 @@ def front_base(record: Record | None, place: Ground) -> dict[str, Any]:
     Returns:
         A Plotly figure as a dictionary.
     """
-    axes = {"xlabel": f"learnt ({place.unit})", "ylabel": f"forgotten ({place.unit}), less is up"}
+    axes: dict[str, Any] = {"xlabel": f"learnt ({place.unit})", "ylabel": f"forgotten ({place.unit}), less is up"}
     if record is None:
         return _nothing_yet(**axes)
     points = record.points()
