@@ -9,7 +9,7 @@ import numpy as np
 
 from orthokit.errors import OptionError, ShapeError
 from orthokit.figures._check import array, named, vector
-from orthokit.figures.race import _pair, _styled
+from orthokit.figures.race import _pair
 from orthokit.figures.template import Number, axis, build, guide, line, log_axis, number
 
 __all__ = ["loss_by_budget", "rates_by_block", "tuned_rates"]
@@ -57,7 +57,7 @@ def tuned_rates(
         at = int(np.nanargmin(mean))
         edge = " (at the edge)" if at in (0, len(across) - 1) else ""
         best[label] = f"{label} {number(across[at])}{edge}"
-        trace = _styled(line(label, across, mean, index, markers=True), index)
+        trace = line(label, across, mean, index, markers=True)
         data.append(trace)
         every.append(across)
         heights.append(float(np.nanmin(mean)))
@@ -110,7 +110,7 @@ def loss_by_budget(
     for index, (label, pair) in enumerate(named("curves", curves).items()):
         counts, runs = _pair(label, pair)
         mean = runs.mean(axis=0)
-        trace = _styled(line(label, counts, mean, index, markers=True), index)
+        trace = line(label, counts, mean, index, markers=True)
         trace["marker"]["size"] = 10
         data.append(trace)
         for run in runs if len(runs) > 1 else []:

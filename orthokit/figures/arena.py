@@ -9,7 +9,6 @@ import numpy as np
 
 from orthokit.errors import OptionError, ShapeError
 from orthokit.figures._check import array, named, nested, vector
-from orthokit.figures.race import _styled
 from orthokit.figures.template import (
     COLOURS,
     GUIDE,
@@ -139,7 +138,7 @@ def distortion_scatter(
             raise ShapeError(f"{label!r} has {len(x)} values of the diagnostic and {len(y)} of forgetting.")
         good = np.isfinite(x) & np.isfinite(y)
         x, y = x[good], y[good]
-        trace: dict[str, Any] = _styled(line(label, x, y, index, markers=True), index)
+        trace: dict[str, Any] = line(label, x, y, index, markers=True)
         trace["marker"]["size"] = 9
         data.append(trace | {"mode": "markers"})
         left.append((x, y))
@@ -190,8 +189,8 @@ def direction_profiles(
         drift = vector(f"retention of {label!r}", parts["retention"], low=0.0)
         moved = vector(f"adaptation of {label!r}", parts["adaptation"], length=len(drift), low=0.0)
         across = np.arange(1, len(drift) + 1)
-        data.append(_styled(line(label, across, drift, index, markers=False), index))
-        right = _styled(line(label, across, moved, index, markers=False, showlegend=False), index)
+        data.append(line(label, across, drift, index, markers=False))
+        right = line(label, across, moved, index, markers=False, showlegend=False)
         data.append(right | {"xaxis": "x2", "yaxis": "y2"})
         first = max(1, len(moved) // 4)
         drifts.append(f"{label} {number(drift.max())} at direction {int(drift.argmax()) + 1}")

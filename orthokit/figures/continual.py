@@ -78,7 +78,7 @@ def forgetting_matrices(
         headings.append(
             {
                 **{"text": label, "x": sum(across) / 2, "y": down[1], "xref": "paper", "yref": "paper"},
-                **{"showarrow": False, "yanchor": "bottom", "font": {"size": 13}},
+                **{"showarrow": False, "xanchor": "center", "yanchor": "bottom", "font": {"size": 13}},
             }
         )
         learned, kept = mean.diagonal()[:-1].mean(), mean[-1, :-1].mean()

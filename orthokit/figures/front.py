@@ -10,7 +10,7 @@ import numpy as np
 from orthokit.errors import OptionError, ShapeError
 from orthokit.figures._check import array, named, seeded, vector
 from orthokit.figures.intervals import t_quantile
-from orthokit.figures.race import _pair, _styled
+from orthokit.figures.race import _pair
 from orthokit.figures.template import GUIDE, Number, axis, build, fade, guide, line, listing, log_axis, number
 
 __all__ = ["rates_and_scores", "stability_plasticity", "ways_back"]
@@ -144,8 +144,8 @@ def rates_and_scores(
         g, f = gains.mean(axis=0), forgettings.mean(axis=0)
         if not np.isfinite(g).any():
             continue
-        data.append(_styled(line(label, across, g, index, markers=True), index))
-        right = _styled(line(label, across, f, index, markers=True, showlegend=False), index)
+        data.append(line(label, across, g, index, markers=True))
+        right = line(label, across, f, index, markers=True, showlegend=False)
         data.append(right | {"xaxis": "x2", "yaxis": "y2"})
         at = int(np.nanargmax(g))
         told = f"{label} gains {number(g[at])} and forgets {number(f[at])} at {number(across[at])}"
@@ -212,9 +212,9 @@ def ways_back(
         alphas, gains, forgettings = _three(label, entry)
         for g, f in zip(gains, forgettings, strict=True) if len(gains) > 1 else ():
             seed = line(label, g, f, index, markers=False, showlegend=False, hoverinfo="skip", opacity=0.25)
-            data.append(_styled(seed, index))
+            data.append(seed)
         g, f = gains.mean(axis=0), forgettings.mean(axis=0)
-        trace = _styled(line(label, g, f, index, markers=True), index)
+        trace = line(label, g, f, index, markers=True)
         shown = [f"α = {a:g}" if any(np.isclose(a, place) for place in told) else "" for a in alphas]
         trace |= {"mode": "lines+markers+text", "text": shown, "textposition": "bottom right", "customdata": alphas}
         trace["textfont"] = {"size": 11, "color": trace["line"]["color"]}
@@ -251,7 +251,7 @@ def _method(
     label: str, runs: np.ndarray, index: int, place: str, note: str, front: bool, level: float
 ) -> list[dict[str, Any]]:
     """The seeds of a method, faint, and their mean with its intervals."""
-    mark = _styled(line(label, [], [], index, markers=True), index)["marker"]
+    mark = line(label, [], [], index, markers=True)["marker"]
     mean, half = runs.mean(axis=0), np.zeros(2)
     shared = {"type": "scatter", "name": label, "legendgroup": label}
     data: list[dict[str, Any]] = []

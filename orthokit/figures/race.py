@@ -13,7 +13,6 @@ from orthokit.figures._check import array, named, seeded, vector
 from orthokit.figures.intervals import mean_interval, t_quantile
 from orthokit.figures.template import (
     COLOURS,
-    DASHES,
     GUIDE,
     SYMBOLS,
     Number,
@@ -77,7 +76,7 @@ def race_curves(
             banded = True
             half = t_quantile(len(runs) - 1, level=float(level)) * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
             data.append(band(label, across, mean - half, mean + half, index))
-        data.append(_styled(line(label, across, mean, index), index))
+        data.append(line(label, across, mean, index))
         ends[label] = (float(mean[-1]), float(half[-1]))
     finite = sorted((label for label in ends if np.isfinite(ends[label][0])), key=lambda label: ends[label][0])
     said = [f"{label} {_told(*ends[label])}" for label in finite]
@@ -203,7 +202,7 @@ def rate_sensitivity(
             continue
         best = int(np.nanargmin(mean))
         loss = mean - mean[best]
-        data.append(_styled(line(label, across / across[best], loss, index, markers=True), index))
+        data.append(line(label, across / across[best], loss, index, markers=True))
         for side, found in ((1, above), (-1, below)):
             if 0 <= best + side < len(loss):
                 found[label] = float(loss[best + side])
@@ -231,15 +230,6 @@ def _pair(label: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ShapeError(f"{label!r} must map to a pair (across, values); got {type(pair).__name__}.") from cause
     across = vector(f"across of {label!r}", across, increasing=True)
     return across, seeded(f"values of {label!r}", values, len(across), per="point", finite=False)
-
-
-def _styled(trace: dict[str, Any], index: int) -> dict[str, Any]:
-    """The second round of the colours has other dashes and markers, so that nine rivals are nine styles."""
-    turn = 3 * (index // len(COLOURS))
-    trace["line"]["dash"] = DASHES[(index + turn) % len(DASHES)]
-    if "marker" in trace:
-        trace["marker"]["symbol"] = SYMBOLS[(index + turn) % len(SYMBOLS)]
-    return trace
 
 
 def _interval(label: str, values: Any, level: Number) -> tuple[float, float, float] | None:

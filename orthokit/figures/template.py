@@ -93,8 +93,9 @@ _LEGEND_ROW = 96
 
 
 def style(index: int) -> tuple[str, str, str]:
-    """Colour, dash and marker of the ``index``-th series."""
-    return COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)], SYMBOLS[index % len(SYMBOLS)]
+    """Colour, dash and marker of the ``index``-th series; the second round of colours has other dashes and markers."""
+    place = index + 3 * (index // len(COLOURS))
+    return COLOURS[index % len(COLOURS)], DASHES[place % len(DASHES)], SYMBOLS[place % len(SYMBOLS)]
 
 
 def fade(colour: str, opacity: float) -> str:
