@@ -61,7 +61,7 @@ def network(kind: str) -> nn.Module:
     return model
 
 
-def stir(model: nn.Module, size: float = 0.15) -> nn.Module:
+def stir(model: nn.Module, size: float = 0.09) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for layer in adapted_layers(model).values():
