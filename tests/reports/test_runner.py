@@ -168,8 +168,10 @@ def test_notebooks_left_out_of_a_resumed_report_do_not_count(make, run):
 def child(sources, out, tmp_path, *, jobs=1, resume=False):
     """A report in a process of its own, which can be killed."""
     script = textwrap.dedent(f"""
-        import sys
+        import signal, sys
         import orthokit.reports.sources as s, orthokit.reports.runner as r
+        # A shell that runs the tests in the background has its children ignore the interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         s.code_version = r.code_version = lambda: "test"
         made = r.report([], notebooks={str(sources)!r}, out={str(out)!r}, jobs={jobs}, resume={resume})
         sys.exit(130 if made.interrupted else 0 if made.ok else 1)
