@@ -7,41 +7,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from orthokit.adapters.oft import OFT
-from orthokit.lab.arena import enter
+from orthokit.lab.arena import FIRST_RATES, enter
 from orthokit.studies._engine import Study
-from orthokit.studies.adapters import ADAPTER_TRACKS, adapt_once, adapter_budget
+from orthokit.studies.adapters import ADAPTER_METHODS, ADAPTER_TRACKS, adapt_once, adapter_budget
 from orthokit.studies.optimizer_race import _best, _one_thread, next_rate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ADAPTERS", "ADAPTER_RATES", "BLOCKS"]
+__all__ = ["ADAPTERS", "ADAPTER_RATES", "ADAPTER_SOURCES", "BLOCKS", "whole_numbers"]
 
 _TUNING_SEED = 100
 _YARDSTICK = "lora"
 _EXTENSIONS = 6
 
-# First learning rates to try, a factor of two apart, around the best of short trials on another seed; the study goes on
-# beyond the edge at which the best one lies.
+# The study goes on beyond the edge at which the best one lies.
 ADAPTER_RATES: dict[str, dict[str, tuple[float, ...]]] = {
-    "tinygpt": {
-        "full": (8e-4, 1.6e-3, 3.2e-3),
-        "lora": (8e-3, 1.6e-2, 3.2e-2),
-        "dora": (8e-3, 1.6e-2, 3.2e-2),
-        "oft": (1e-3, 2e-3, 4e-3),
-        "boft": (1e-3, 2e-3, 4e-3),
-        "hra": (1e-2, 2e-2, 4e-2),
-    },
-    "noun": {
-        "full": (2.5e-5, 5e-5, 1e-4),
-        "lora": (8e-4, 1.6e-3, 3.2e-3),
-        "dora": (8e-4, 1.6e-3, 3.2e-3),
-        "oft": (2.5e-4, 5e-4, 1e-3),
-        "boft": (2.5e-4, 5e-4, 1e-3),
-        "hra": (4e-3, 8e-3, 1.6e-2),
-    },
+    track: {name: FIRST_RATES[track][name] for name in ADAPTER_METHODS} for track in ADAPTER_TRACKS
 }
-ADAPTER_RATES["verb"] = ADAPTER_RATES["noun"]
+# The grid of the record began further down than the arena's, and went up from there.
+ADAPTER_RATES["tinygpt"]["full"] = (8e-4, 1.6e-3, 3.2e-3)
 BLOCKS = (8, 16, 32, 64, 128)
 _BLOCK_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # A second model and task: blocks on both sides of 32, with the scale alone.
@@ -174,7 +159,7 @@ def _block(unit: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 _ARENA = ("entry", "ground", "grounds", "language", "methods", "texts")
-_COMMON = (
+ADAPTER_COMMON = (
     *(f"studies/{name}.py" for name in ("adapters", "adapter_geometry", "adapter_study")),
     *(f"adapters/{name}.py" for name in ("base", "sites", "layer", "_initialise", "attach", "targets", "stack")),
     *(f"lab/{name}.py" for name in ("racer", "tasks", "text_tasks", "encoder", "models", "schedules", "glosses")),
@@ -186,7 +171,7 @@ _BLOCKS = (
     "adapters/_blocks.py",
     *(f"linalg/{name}.py" for name in ("maps", "skew", "block_diagonal", "butterfly", "permutations")),
 )
-_OWN: dict[str, tuple[str, ...]] = {
+ADAPTER_SOURCES: dict[str, tuple[str, ...]] = {
     "full": ("adapters/full.py",),
     "lora": ("adapters/lora.py",),
     "dora": ("adapters/dora.py", "adapters/lora.py"),
@@ -194,17 +179,22 @@ _OWN: dict[str, tuple[str, ...]] = {
     "boft": ("adapters/boft.py", *_BLOCKS),
     "hra": ("adapters/hra.py", "adapters/_householder.py", *_TURNS),
 }
+"""Files that hold a kind of adapter, by name."""
 
 
 def _depends(unit: dict[str, Any]) -> Sequence[str]:
     """The files behind a unit; the recipe itself is part of the unit."""
-    return sorted({*_COMMON, *_OWN[unit["name"]]})
+    return sorted({*ADAPTER_COMMON, *ADAPTER_SOURCES[unit["name"]]})
 
 
-def _counted(table: pd.DataFrame) -> pd.DataFrame:
-    """Whole numbers as such: units that lack them would make floats of a column, which a file keeps to six digits."""
-    whole = [column for column in ("size", "trainable", "seed", "step", "block") if column in table]
-    return table.astype(dict.fromkeys(whole, "Int64"))
+_WHOLE = ("size", "trainable", "seed", "step", "block", "index", "left_out")
+
+
+def whole_numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Whole numbers as such: rows that lack them would make floats of a column, which a file keeps to six digits."""
+    # A size may be a name.
+    numbers = table.select_dtypes("number").columns
+    return table.astype({column: "Int64" for column in _WHOLE if column in numbers})
 
 
 ADAPTERS = Study(
@@ -212,7 +202,7 @@ ADAPTERS = Study(
     question="What does each kind of adapter reach with equally many numbers, and what does it keep of the model?",
     units=_units,
     measure=_measure,
-    summarise=_counted,
+    summarise=whole_numbers,
     seeds=5,
     depends=_depends,
 )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthokit.lab.arena.grounds import GROUNDS
 from orthokit.lab.arena.methods import METHODS, budget_settings
 from orthokit.lab.arena.rates import FIRST_RATES
 from orthokit.studies._engine import Study
+from orthokit.studies.adapter_study import ADAPTER_SOURCES, whole_numbers
 from orthokit.studies.arena_unit import measure_unit
-
-if TYPE_CHECKING:
-    import pandas as pd
+from orthokit.studies.race_study import OPTIMIZER_SOURCES
 
 __all__ = ["ARENA", "ARENA_GROUNDS"]
 
@@ -87,29 +86,12 @@ _WHERE: dict[str, tuple[str, ...]] = {
 }
 _WHERE["digits"] = _WHERE["fashion"]
 _WHERE["era"] = (*_WHERE["noun"], "lab/eras.py")
-_TURNS = ("adapters/_rotating.py", "adapters/_turn.py", "adapters/_rotation.py", "linalg/_skew_places.py")
-_BLOCKS = (
-    *_TURNS,
-    "adapters/_blocks.py",
-    *(f"linalg/{name}.py" for name in ("maps", "skew", "block_diagonal", "butterfly", "permutations")),
-)
-_LORA = ("adapters/lora.py",)
 _OWN: dict[str, tuple[str, ...]] = {
-    "full": ("adapters/full.py",),
-    "lora": _LORA,
-    "pissa": _LORA,
-    "milora": _LORA,
-    "dora": ("adapters/dora.py", *_LORA),
-    "oft": ("adapters/oft.py", *_BLOCKS),
-    "boft": ("adapters/boft.py", *_BLOCKS),
-    "hra": ("adapters/hra.py", "adapters/_householder.py", *_TURNS),
-    "muon": ("optim/muon.py", "optim/base.py", "optim/routing.py"),
-    "pion": (
-        "optim/base.py",
-        "optim/routing.py",
-        "optim/pion.py",
-        *(f"optim/_pion_{one}.py" for one in ("maps", "step")),
-    ),
+    **ADAPTER_SOURCES,
+    "pissa": ADAPTER_SOURCES["lora"],
+    "milora": ADAPTER_SOURCES["lora"],
+    "muon": OPTIMIZER_SOURCES["muon"],
+    "pion": OPTIMIZER_SOURCES["pion"],
     "vera": (),
     "ia3": (),
 }
@@ -120,18 +102,12 @@ def _depends(unit: dict[str, Any]) -> Sequence[str]:
     return sorted({*_COMMON, *_WHERE[unit["ground"]], *_OWN[unit["method"]]})
 
 
-def _counted(table: pd.DataFrame) -> pd.DataFrame:
-    """Whole numbers as such: rows that lack them would make floats of a column, which a file keeps to six digits."""
-    whole = [column for column in ("size", "trainable", "seed", "step", "index") if column in table]
-    return table.astype(dict.fromkeys(whole, "Int64"))
-
-
 ARENA = Study(
     name="arena",
     question="What does each way to fine-tune learn, and what does the model forget?",
     units=_units,
     measure=measure_unit,
-    summarise=_counted,
+    summarise=whole_numbers,
     seeds=5,
     depends=_depends,
 )

@@ -73,7 +73,7 @@ _MATRIX = (
     "matrices/*.py",
     "device.py",
 )
-_OWN: dict[str, tuple[str, ...]] = {
+OPTIMIZER_SOURCES: dict[str, tuple[str, ...]] = {
     "AdamW": (),
     "SGD": (),
     "Lion": ("lab/baselines.py",),
@@ -86,11 +86,12 @@ _OWN: dict[str, tuple[str, ...]] = {
     ),
     "POET": ("adapters/*.py", "linalg/*.py", *_MATRIX),
 }
+"""Files that hold an optimizer, by name."""
 
 
 def _depends(unit: dict[str, Any]) -> Sequence[str]:
     """The files behind a unit; the recipe itself is part of the unit."""
-    return sorted({*_COMMON, *_OWN[unit["optimizer"]]})
+    return sorted({*_COMMON, *OPTIMIZER_SOURCES[unit["optimizer"]]})
 
 
 RACE = Study(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthokit.studies._engine import Study
-from orthokit.studies.adapter_study import _COMMON as ADAPTER_COMMON
-from orthokit.studies.adapter_study import _OWN as ADAPTER_OWN
+from orthokit.studies.adapter_study import ADAPTER_COMMON, ADAPTER_SOURCES, whole_numbers
 from orthokit.studies.optimizer_race import _one_thread
-from orthokit.studies.race_study import _OWN as RACE_OWN
+from orthokit.studies.race_study import OPTIMIZER_SOURCES
 from orthokit.studies.representation import (
     FINETUNED,
     OPTIMIZER_RATES,
@@ -17,9 +16,6 @@ from orthokit.studies.representation import (
     finetuned_features,
     pretraining_features,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["REPRESENTATION"]
 
@@ -69,11 +65,6 @@ def _measure(unit: Row) -> list[Row]:
         return [{"kind": "asset", **row} for row in asset_features(**options)]
 
 
-def _counted(table: pd.DataFrame) -> pd.DataFrame:
-    """Whole numbers as such: rows that lack them would make floats of a column."""
-    return table.astype(dict.fromkeys(("seed", "step", "left_out"), "Int64"))
-
-
 _COMMON = (
     *(f"studies/{name}.py" for name in ("representation", "representation_study")),
     *(f"diagnostics/{name}.py" for name in ("features", "_collect", "spectrum")),
@@ -85,9 +76,9 @@ def _depends(unit: Row) -> Sequence[str]:
     """The files behind a unit; the recipe itself is part of the unit."""
     own: tuple[str, ...] = ("lab/pretrained.py",)
     if unit["kind"] == "pretrain":
-        own = RACE_OWN["AdamW" if unit["optimizer"] == "adamw" else "muon"]
+        own = OPTIMIZER_SOURCES["AdamW" if unit["optimizer"] == "adamw" else "muon"]
     elif unit["kind"] == "finetune":
-        own = ADAPTER_COMMON + ADAPTER_OWN[unit["method"]] + own
+        own = ADAPTER_COMMON + ADAPTER_SOURCES[unit["method"]] + own
     return sorted({*_COMMON, *own})
 
 
@@ -96,7 +87,7 @@ REPRESENTATION = Study(
     question="How does the number of directions that features use change along pretraining, and by fine-tuning?",
     units=_units,
     measure=_measure,
-    summarise=_counted,
+    summarise=whole_numbers,
     seeds=5,
     depends=_depends,
 )

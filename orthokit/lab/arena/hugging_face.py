@@ -118,7 +118,7 @@ def _loaded(name_or_path: str, options: dict[str, Any]) -> tuple[nn.Module, Any]
         raise MissingExtraError(
             "models of Hugging Face are loaded by the package transformers. Install it with: pip install 'orthokit[hf]'"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
 
     lm = AutoModelForCausalLM.from_pretrained(name_or_path, **{"dtype": torch.float32, **options})
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{k: v for k, v in options.items() if k != "dtype"})

@@ -103,7 +103,7 @@ def _weights(model: nn.Module, targets: Any, size: int, seed: int) -> Parameters
 
 def _injected(model: nn.Module, targets: Any, size: int, seed: int, *, make: Callable[..., Any]) -> Parameters:
     """Adapters of PEFT in the place of the layers; nothing else trains."""
-    from peft import get_peft_model
+    from peft import get_peft_model  # pyright: ignore[reportMissingImports]
 
     before = {name for name, _ in model.named_parameters()}
     names = list(chosen_layers(model, targets, FullFineTuning()))
@@ -119,14 +119,14 @@ def _injected(model: nn.Module, targets: Any, size: int, seed: int, *, make: Cal
 
 
 def _vera(names: list[str], size: int, seed: int) -> Any:
-    from peft import VeraConfig
+    from peft import VeraConfig  # pyright: ignore[reportMissingImports]
 
     # Default d_initial is 0.1 and B starts at 0. The projections are drawn from the seed, not stored with the weights.
     return VeraConfig(r=size, target_modules=names, projection_prng_key=seed)
 
 
 def _ia3(names: list[str], size: int, seed: int) -> Any:
-    from peft import IA3Config
+    from peft import IA3Config  # pyright: ignore[reportMissingImports]
 
     return IA3Config(target_modules=names, feedforward_modules=[])
 
