@@ -13,7 +13,7 @@ from orthokit import adapters, device, errors, linalg, optim
 from orthokit.matrices import matrices
 
 if TYPE_CHECKING:
-    from orthokit import diagnostics, figures, lab, reports, studies
+    from orthokit import diagnostics, figures, lab, merging, reports, studies
 
 __version__ = "0.1.0"
 
@@ -26,12 +26,13 @@ __all__ = [
     "lab",
     "linalg",
     "matrices",
+    "merging",
     "optim",
     "reports",
     "studies",
 ]
 
-_LAZY = ("diagnostics", "figures", "lab", "reports", "studies")
+_LAZY = ("diagnostics", "figures", "lab", "merging", "reports", "studies")
 
 
 def __getattr__(name: str):

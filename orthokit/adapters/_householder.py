@@ -2,6 +2,7 @@ r"""Products of Householder reflections in compact form, ``H_1 ... H_r = I - V T
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from orthokit.adapters._rotating import plain_autograd
 
-__all__ = ["compact_factor", "half_turn_gap", "reflect_rows"]
+__all__ = ["compact_factor", "half_turn_gap", "plane_reflections", "reflect_rows"]
 
 
 def compact_factor(G: Float[Tensor, "r r"], strength: float = 1.0) -> Float[Tensor, "r r"]:
@@ -38,6 +39,29 @@ def half_turn_gap(G: Float[Tensor, "r r"]) -> float:
     """The smallest singular value of ``S``: 0 exactly where the product has an eigenvalue -1."""
     upper = G.double().triu(1)
     return float(torch.linalg.svdvals(upper - upper.mT)[-1])
+
+
+@torch.no_grad()
+def plane_reflections(Q: Float[Tensor, "m m"]) -> Float[Tensor, "r m"]:
+    r"""Vectors ``u_1, ..., u_r`` with ``H_1 ... H_r = C(Q)``, two for each plane that the skew ``Q`` turns.
+
+    In the plane of orthonormal ``p, q`` with ``Q p = theta q`` the transform turns by ``2 arctan(theta)``, which are
+    the reflections at ``p`` and then at ``p + theta q``. A QR decomposition of ``C(Q)`` gives reflections as well, but
+    where a column is near that of the identity their vectors are differences that cancel.
+
+    Args:
+        Q: Skew, in float64.
+
+    Returns:
+        Unit vectors in rows; ``r`` is even and at most ``m``.
+    """
+    h, U = torch.linalg.eigh(1j * (Q - Q.mT) / 2)
+    # A plane with an angle below the rounding of the others is not told apart from those at rest.
+    turned = h > len(Q) * torch.finfo(Q.dtype).eps * h.abs().max()
+    theta, u = h[turned], U[:, turned].mT * math.sqrt(2)
+    p, q = u.real, u.imag
+    a = (p + theta[:, None] * q) / (1 + theta.square()).sqrt()[:, None]
+    return torch.stack([a, p], dim=1).flatten(0, 1)
 
 
 def reflect_rows(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from orthokit.diagnostics._modes import evaluating
 from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
 
 __all__ = ["collect_activations"]
@@ -74,10 +75,8 @@ def collect_activations(
     seen: dict[str, list[Tensor]] = {}
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [_hooked(modules[name], seen, name, what) for name in rows]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 seen.clear()
                 (call or _call)(model, batch)
@@ -89,8 +88,6 @@ def collect_activations(
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
     if not any(rows.values()):
         raise OptionError("batches is empty; give at least one.")
     return {name: torch.cat(parts)[:tokens] for name, parts in rows.items()}

@@ -1,7 +1,8 @@
 """Charts as pure functions: arrays in, a Plotly figure dictionary out; the same in a notebook, a page and a report."""
 
 from orthokit.figures.adapter_rates import loss_by_budget, rates_by_block, tuned_rates
-from orthokit.figures.adapters import gain_and_loss, kept_and_broken, requantised, step_costs
+from orthokit.figures.adapters import kept_and_broken, requantised, step_costs
+from orthokit.figures.anchors import anchor_alignment, anchor_overlap, anchor_spectra, loss_landscape
 from orthokit.figures.arena import correlation_forest, direction_profiles, distortion_scatter, layer_map
 from orthokit.figures.coefficients import accuracy_cost, before_after, scaling_ranges, table_maps
 from orthokit.figures.continual import forgetting_matrices, penalty_weights
@@ -21,6 +22,7 @@ from orthokit.figures.front import rates_and_scores, stability_plasticity, ways_
 from orthokit.figures.gap import gap_by_beta, gap_heatmap
 from orthokit.figures.intervals import mean_interval, t_quantile
 from orthokit.figures.maps import error_laws, error_parity, map_adviser, merge_drift, singular_values_by_angle
+from orthokit.figures.merging import MERGE_VALUES, merge_energies, merge_map
 from orthokit.figures.momentum import (
     alignment_by_beta,
     alignment_by_checkpoint,
@@ -52,6 +54,7 @@ __all__ = [
     "DASHES",
     "DIVERGING",
     "FONT",
+    "MERGE_VALUES",
     "RENDERERS",
     "SEQUENTIAL",
     "SYMBOLS",
@@ -60,6 +63,9 @@ __all__ = [
     "accuracy_cost",
     "alignment_by_beta",
     "alignment_by_checkpoint",
+    "anchor_alignment",
+    "anchor_overlap",
+    "anchor_spectra",
     "before_after",
     "browser_path",
     "coefficient_map",
@@ -77,18 +83,20 @@ __all__ = [
     "error_parity",
     "figure_json",
     "forgetting_matrices",
-    "gain_and_loss",
     "gap_by_beta",
     "gap_heatmap",
     "kept_and_broken",
     "layer_map",
     "loss_by_budget",
     "loss_curves",
+    "loss_landscape",
     "map_adviser",
     "matrix_picture",
     "mean_interval",
     "memory_modes",
     "merge_drift",
+    "merge_energies",
+    "merge_map",
     "noise_suppression",
     "pair_angles",
     "penalty_weights",

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from orthokit.errors import OptionError, ShapeError
-from orthokit.figures._check import array, named, nested, vector
+from orthokit.errors import OptionError
+from orthokit.figures._check import array, nested, vector
 from orthokit.figures.template import (
     COLOURS,
-    GUIDE,
     SYMBOLS,
     Number,
     axis,
@@ -24,7 +23,7 @@ from orthokit.figures.template import (
     style,
 )
 
-__all__ = ["gain_and_loss", "kept_and_broken", "requantised", "step_costs"]
+__all__ = ["kept_and_broken", "requantised", "step_costs"]
 
 # Angles come from cosines in single precision, which know them to a few millionths of a radian.
 _ROUNDING = 1e-5
@@ -93,63 +92,6 @@ def kept_and_broken(
         height=170 + 46 * len(rows),
         xaxis=log_axis("largest relative change (angles: radians)", every, [threshold]),
         yaxis=_names(rows),
-    )
-
-
-def gain_and_loss(
-    trade: Mapping[Any, Any],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str = "Who learns more, and who forgets less?",
-) -> dict[str, Any]:
-    """What was gained on the new task against what was lost of the old one, one marker a run.
-
-    Args:
-        trade: Method to ``(runs, 2)``: gain and loss.
-        xlabel: Name and unit of the gain; right is better.
-        ylabel: Name and unit of the loss; down is better.
-        title: The question the chart answers.
-
-    Returns:
-        A Plotly figure as a dictionary; large markers are means.
-
-    Example:
-        >>> figure = gain_and_loss({"A": [[2.0, 1.0]], "B": [[1.0, 2.0]]}, xlabel="gain", ylabel="loss")
-        >>> figure["layout"]["meta"]["caption"]
-        'Most gained: A (2); least lost: A (1). On the front, where no other gains more and loses less: A.'
-    """
-    data, means = [], {}
-    for index, (label, pairs) in enumerate(named("trade", trade).items()):
-        runs = array(f"runs of {label!r}", pairs, dims=(2,), finite=False)
-        if runs.shape[1] != 2:
-            raise ShapeError(f"runs of {label!r} must be pairs (gain, loss); got shape {runs.shape}.")
-        colour, _, symbol = style(index)
-        mean = runs.mean(axis=0)
-        if np.isfinite(mean).all():
-            means[label] = (float(mean[0]), float(mean[1]))
-        mark = {"color": colour, "symbol": symbol}
-        small = {**mark, "size": 7, "opacity": 0.45}
-        shared = {"type": "scatter", "mode": "markers", "legendgroup": label}
-        hidden = {"showlegend": False, "hoverinfo": "skip"}
-        data.append({**shared, **hidden, "name": label, "x": runs[:, 0], "y": runs[:, 1], "marker": small})
-        data.append({**shared, "name": label, "x": [mean[0]], "y": [mean[1]], "marker": {**mark, "size": 13}})
-    if not means:
-        raise ShapeError("every run diverged; there is nothing to draw.")
-    most, least = max(means, key=lambda label: means[label][0]), min(means, key=lambda label: means[label][1])
-    front = [
-        label
-        for label, (gain, loss) in means.items()
-        if not any((g > gain and x <= loss) or (g >= gain and x < loss) for g, x in means.values())
-    ]
-    return build(
-        "gain_and_loss",
-        data,
-        title=title,
-        caption=f"Most gained: {most} ({number(means[most][0])}); least lost: {least} ({number(means[least][1])}). "
-        f"On the front, where no other gains more and loses less: {listing(front)}.",
-        xaxis=axis(xlabel),
-        yaxis=axis(ylabel, zeroline=True, zerolinecolor=GUIDE),
     )
 
 

@@ -27,6 +27,8 @@ _PLACES = {
     "bottom left": (-0.012, -0.035),
 }
 _CHARACTER = 0.0095
+# Who forgets so many times more than all others would press their points together.
+_FAR = 2.5
 
 
 def stability_plasticity(
@@ -37,6 +39,8 @@ def stability_plasticity(
     notes: Mapping[Any, str] | None = None,
     title: str = "Who learns more, and who forgets less?",
     level: Number = 0.95,
+    start: tuple[Number, Number] | None = (0.0, 0.0),
+    clip: bool = True,
 ) -> dict[str, Any]:
     """Gain against forgetting with confidence intervals on both axes, and the front of those that none beats.
 
@@ -48,9 +52,12 @@ def stability_plasticity(
         notes: Method to words shown when it is pointed at, such as its size and learning rate.
         title: The question the chart answers.
         level: Confidence level, in (0, 1); default 0.95.
+        start: Where the model before training is, a star; ``None``: it has no place here.
+        clip: End the vertical axis (default) before a few methods that forget at least 2.5 times as much as all
+            others; arrows at its edge say how much that is. ``False``: show everything where it is.
 
     Returns:
-        A Plotly figure as a dictionary; methods are labelled where they are, the model before training is a star.
+        A Plotly figure as a dictionary; methods are labelled where they are.
 
     Raises:
         ShapeError: Not pairs, or every method diverged.
@@ -77,15 +84,30 @@ Bars: 95% intervals of means over 2 seeds.'
     means = {label: (float(runs[:, 0].mean()), float(runs[:, 1].mean())) for label, runs in found.items()}
     beaten = {label: [other for other in means if _beats(means[other], means[label])] for label in means}
     front = sorted((label for label in means if not beaten[label]), key=lambda label: means[label])
-    spots = _apart([(0.0, 0.0), *means.values()], ["before", *means])
+    far = _far(means) if clip else []
+    origin = [] if start is None else [(float(start[0]), float(start[1]))]
     words = {str(label): note for label, note in (notes or {}).items()}
-    data = [_staircase([means[label] for label in front], [runs.min(axis=0) for runs in found.values()])]
+    data = [_staircase([means[label] for label in front], [*origin, *(runs.min(axis=0) for runs in found.values())])]
     for index, (label, runs) in enumerate(found.items()):
-        data += _method(label, runs, index, spots[index + 1], words.get(label, ""), label in front, float(level))
-    data.append(_before(spots[0]))
+        data += _method(label, runs, index, "top center", words.get(label, ""), label in front, float(level))
+    data += [_before(at) for at in origin]
+    drawn = [trace for trace in data[1:] if trace["name"] not in far]
+    (left, right), (low, high) = _reach(drawn, "x"), _reach(drawn, "y")
+    labelled = [trace for trace in drawn if "text" in trace]
+    places = [(trace["x"][0], trace["y"][0]) for trace in labelled]
+    spots = _apart(places, [trace["name"] for trace in labelled], low=(left, low), high=(right, high))
+    for trace, spot in zip(labelled, spots, strict=True):
+        trace["textposition"] = spot
+    vertical = axis(ylabel, autorange="reversed", zeroline=True, zerolinecolor=GUIDE)
+    if far:
+        vertical = axis(ylabel, range=[high, low], zeroline=True, zerolinecolor=GUIDE)
+        data += [_arrow(trace, high - 0.025 * (high - low)) for trace in data if trace.get("text", [""])[0] in far]
     said = [f"On the front, where no other gains as much and forgets less: {listing(front)}."]
     if losers := [f"{label} by {listing(rivals)}" for label, rivals in beaten.items() if rivals]:
         said.append(f"Beaten on both axes: {'; '.join(losers)}.")
+    if far:
+        told = listing([f"{label}, which forgets {number(means[label][1])}" for label in far])
+        said.append(f"Below the chart: {told}.")
     if gone:
         said.append(f"Diverged: {listing(gone)}.")
     if max(counts) > 1:
@@ -99,7 +121,7 @@ Bars: 95% intervals of means over 2 seeds.'
         height=520,
         showlegend=False,
         xaxis=axis(xlabel, zeroline=True, zerolinecolor=GUIDE),
-        yaxis=axis(ylabel, autorange="reversed", zeroline=True, zerolinecolor=GUIDE),
+        yaxis=vertical,
     )
 
 
@@ -276,29 +298,60 @@ def _method(
     return data
 
 
-def _staircase(front: list[tuple[float, float]], corners: list[np.ndarray]) -> dict[str, Any]:
+def _staircase(front: list[tuple[float, float]], corners: Sequence[Any]) -> dict[str, Any]:
     """The edge of what the front dominates: level up to each point, then down to the next one's forgetting."""
-    start = min([0.0, *(float(corner[0]) for corner in corners)])
+    start = min(float(corner[0]) for corner in corners)
     xs, ys = [start, *(g for g, _ in front)], [front[0][1], *(f for _, f in front)]
     edge = guide("front", xs, ys, showlegend=False, hoverinfo="skip")
     edge["line"] |= {"shape": "vh", "dash": "solid"}
     return edge
 
 
-def _before(place: str) -> dict[str, Any]:
+def _far(means: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Those few who forget far more than all others."""
+    order = sorted(means, key=lambda label: means[label][1], reverse=True)
+    for count in range(len(order) // 4, 0, -1):
+        most = means[order[count]][1]
+        if most > 0 and means[order[count - 1]][1] > _FAR * most:
+            return order[:count]
+    return []
+
+
+def _reach(traces: Sequence[dict[str, Any]], along: str) -> tuple[float, float]:
+    """The least and the most that marks and bars show on an axis, with some room."""
+    ys = [np.asarray(trace[along], dtype=float) for trace in traces]
+    bars = [np.asarray(trace.get(f"error_{along}", {}).get("array", [0.0]), dtype=float) for trace in traces]
+    low = min(float((y - bar).min()) for y, bar in zip(ys, bars, strict=True))
+    high = max(float((y + bar).max()) for y, bar in zip(ys, bars, strict=True))
+    return low - 0.06 * (high - low), high + 0.1 * (high - low)
+
+
+def _arrow(mean: Mapping[str, Any], height: float) -> dict[str, Any]:
+    """At the lower edge, under where a method would be, with the forgetting that has no place there."""
+    name = str(mean["name"])
     return {
-        **{"type": "scatter", "mode": "markers+text", "name": "before", "x": [0.0], "y": [0.0], "text": ["before"]},
-        **{"textposition": place, "textfont": {"size": 12, "color": GUIDE}},
+        **{key: mean[key] for key in ("type", "mode", "name", "legendgroup", "x", "hovertemplate", "textfont")},
+        **{"y": [height], "text": [f"{name}: {number(mean['y'][0])}"], "textposition": "top center"},
+        "marker": {"symbol": "triangle-down", "size": 11, "color": mean["marker"]["color"]},
+        "hovertemplate": mean["hovertemplate"].replace("<extra>", "<br>below the chart<extra>"),
+    }
+
+
+def _before(at: tuple[float, float]) -> dict[str, Any]:
+    return {
+        **{"type": "scatter", "mode": "markers+text", "name": "before", "x": [at[0]], "y": [at[1]], "text": ["before"]},
+        "textfont": {"size": 12, "color": GUIDE},
         "marker": {"symbol": "star", "size": 12, "color": GUIDE},
         "hovertemplate": "the pretrained model<extra></extra>",
     }
 
 
-def _apart(points: Sequence[tuple[float, float]], labels: Sequence[str]) -> list[str]:
+def _apart(
+    points: Sequence[tuple[float, float]], labels: Sequence[str], *, low: tuple[float, float], high: tuple[float, float]
+) -> list[str]:
     """For each point the place of its label that is furthest from other points and from labels placed before."""
-    at = np.array(points, dtype=float)
-    spread = np.ptp(at, axis=0)
-    at = (at - at.min(axis=0)) / np.where(spread > 0, spread, 1.0)
+    at, spread = np.array(points, dtype=float), np.subtract(high, low)
+    at = (at - low) / np.where(spread > 0, spread, 1.0)
     at[:, 1] = 1 - at[:, 1]
     taken, chosen = [], []
     for index, label in enumerate(labels):

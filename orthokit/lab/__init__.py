@@ -8,6 +8,17 @@ from orthokit.lab.corpora import Corpus, corpora, corpus
 from orthokit.lab.encoder import EncoderConfig, SentenceClassifier, SentenceEncoder
 from orthokit.lab.eras import eras
 from orthokit.lab.example_gradients import per_example_gradients, task_scores, trainable_parameters
+from orthokit.lab.families import (
+    FAMILIES,
+    Expert,
+    Family,
+    FamilyTask,
+    expert_scores,
+    expert_statistics,
+    family_base,
+    family_retention,
+    train_expert,
+)
 from orthokit.lab.fisher import Collinearity, RankOneFisher, collinearity, fisher_diagonal, rank_one_fisher
 from orthokit.lab.fit import fit
 from orthokit.lab.glosses import glosses
@@ -29,6 +40,7 @@ from orthokit.lab.vision import SmallViT, load_small_vit
 __all__ = [
     "CONTESTANTS",
     "EWC",
+    "FAMILIES",
     "L2SP",
     "PRETRAINED",
     "SCHEDULES",
@@ -38,6 +50,9 @@ __all__ = [
     "Contestant",
     "Corpus",
     "EncoderConfig",
+    "Expert",
+    "Family",
+    "FamilyTask",
     "GradientProjection",
     "GradientRecorder",
     "GradientSubspace",
@@ -67,6 +82,10 @@ __all__ = [
     "corpora",
     "corpus",
     "eras",
+    "expert_scores",
+    "expert_statistics",
+    "family_base",
+    "family_retention",
     "fisher_diagonal",
     "fit",
     "glosses",
@@ -87,5 +106,6 @@ __all__ = [
     "tasks",
     "text_classification",
     "tokenize",
+    "train_expert",
     "trainable_parameters",
 ]

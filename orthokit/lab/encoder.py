@@ -112,10 +112,10 @@ class SentenceEncoder(nn.Module):
         if time > self.config.positions:
             raise ShapeError(f"a sentence may hold at most positions = {self.config.positions} tokens; got {time}.")
         mask = ids != 0 if mask is None else mask
-        if not bool(mask.any(-1).all()):
+        if _known(mask.any(-1).all()) is False:
             raise OptionError("every sentence needs at least one token that is not padding (0).")
         x = self.embeddings(ids.long())
-        seen = None if bool(mask.all()) else mask[:, None, None, :]
+        seen = None if _known(mask.all()) else mask[:, None, None, :]
         for block in cast("nn.ModuleList", self.encoder.layer):
             x = block(x, seen)
         return x
@@ -224,3 +224,11 @@ class _Output(_Dense):
 
     def forward(self, branch: Tensor, past: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(branch) + past)
+
+
+def _known(flag: Tensor) -> bool | None:
+    """The value of a flag; ``None`` under ``vmap``, where a tensor has one for each example."""
+    try:
+        return bool(flag)
+    except RuntimeError:
+        return None

@@ -2,7 +2,7 @@ r"""The directions in which the layers of a model have had inputs: what a new ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -83,7 +83,7 @@ class InputSubspaces:
         if samples < 1 or not 0 < energy <= 1:
             raise OptionError(f"need samples >= 1 and 0 < energy <= 1; got {samples} and {energy}.")
         layers = self._layers(model)
-        seen = _inputs(model, task, layers, samples=samples, first=first)
+        seen = layer_inputs(model, task, layers, samples=samples, first=first)
         for name, X in seen.items():
             self.bases[name] = _extended(self.bases.get(name), X, energy, name)
         return self
@@ -140,8 +140,8 @@ class InputSubspaces:
 
 
 @torch.no_grad()
-def _inputs(
-    model: nn.Module, task: Task, layers: dict[str, nn.Linear | nn.Conv2d], *, samples: int, first: int
+def layer_inputs(
+    model: nn.Module, task: Task, layers: Mapping[str, nn.Linear | nn.Conv2d], *, samples: int, first: int = 10**6
 ) -> dict[str, Tensor]:
     """What comes into each layer, as rows; a layer with a bias has one input more, which is 1."""
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}

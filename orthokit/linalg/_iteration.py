@@ -27,8 +27,8 @@ _MOST_POLISH = 4
 _POWER_STEPS, _POWER_HEADROOM = 8, 1.1
 # From which side on (below, calls are what costs), and with which share of the constant left, a quadratic is a square.
 _LARGE, _KEPT = 128, 0.15
-# The same in float32, whose products are worth fewer calls; half precision would round what it divides once more.
-_LARGE_SINGLE = 160
+# Up to which side the few calls of small matrices go on in float32, which rounds their division by the norm far less.
+_FEW_CALLS_FLOAT32 = 160
 # From which longer over shorter side on two steps are made of one Gram matrix: six products of the short side take the
 # place of two with the long one. More than two would let the rounding of bfloat16 grow into negative "squares".
 _PAIRED = 2
@@ -102,7 +102,7 @@ def iterate(
         return torch.bmm(X, factor, out=target()) if tall else torch.bmm(factor, X, out=target())
 
     A, B = borrow("gram", small), borrow("factor", small)
-    large = _LARGE_SINGLE if X.dtype == torch.float32 else _LARGE
+    large = _FEW_CALLS_FLOAT32 if X.dtype == torch.float32 else _LARGE
     if small[-1] < large and scaling == "frobenius":
         other = borrow("kept", tuple(X.shape)) if keep else X
         turns = (borrow("turn", tuple(X.shape)), other if lend else None)

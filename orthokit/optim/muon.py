@@ -80,8 +80,8 @@ class Muon(MatrixOptimizer):
         beta2: Share of the old mean square of ``normalize``, in ``[0, 1)``; default 0.95.
         decay: ``"decoupled"`` (default), or ``"cautious"``: only entries that the step makes smaller decay.
         ns_dtype: Precision of the iteration for real parameters; default float32 for tiny matrices (``m m n`` up to
-            ``2^17``, ``m`` the shorter side), else the fastest measured here (bfloat16 or float32); float64 for
-            float64. Complex parameters and ``"svd"`` keep their own.
+            ``2^17``, ``m`` the shorter side) and tiny stacks (up to ``2^21`` in all, in one process), else the fastest
+            measured here (bfloat16 or float32); float64 for float64. Complex parameters and ``"svd"`` keep their own.
         blocks: The matrix blocks of each parameter, from ``matrices``; default read from the shape. ``optim.for_model``
             fills it in.
         process_group: The processes that divide the work on replicated parameters (DDP): a group or ``"world"``;

@@ -9,6 +9,7 @@ from orthokit.studies import arena_study as _arena_study
 from orthokit.studies import arena_ways as _arena_ways
 from orthokit.studies import continual as _continual
 from orthokit.studies import continual_results as _continual_results
+from orthokit.studies import merging_study as _merging_study
 from orthokit.studies import representation as _representation
 from orthokit.studies import representation_phases as _representation_phases
 from orthokit.studies import representation_results as _representation_results
@@ -69,6 +70,7 @@ from orthokit.studies.maps import (
     planes_at_norms,
     simulate_merges,
 )
+from orthokit.studies.merging_study import *  # noqa: F403
 from orthokit.studies.optimizer_race import TRACKS, Track, enter, race_once
 from orthokit.studies.pion import (
     PION_DRIFT,
@@ -294,6 +296,7 @@ __all__ += _arena_study.__all__
 __all__ += _arena_ways.__all__
 __all__ += _continual.__all__
 __all__ += _continual_results.__all__
+__all__ += _merging_study.__all__
 __all__ += _representation.__all__
 __all__ += _representation_phases.__all__
 __all__ += _representation_results.__all__

@@ -9,6 +9,7 @@ from orthokit.studies._engine import Study, run_study
 from orthokit.studies.adapter_study import ADAPTERS
 from orthokit.studies.arena_study import ARENA
 from orthokit.studies.continual import CONTINUAL
+from orthokit.studies.merging_study import MERGING
 from orthokit.studies.pion import PION_DRIFT
 from orthokit.studies.pipelines import PIPELINES
 from orthokit.studies.poet import POET_STUDY
@@ -24,6 +25,7 @@ STUDIES: dict[str, Study] = {
         ADAPTERS,
         ARENA,
         CONTINUAL,
+        MERGING,
         PION_DRIFT,
         PIPELINES,
         POET_STUDY,
@@ -40,7 +42,7 @@ def names() -> list[str]:
 
     Example:
         >>> names()  # doctest: +ELLIPSIS
-        ['adapters', 'arena', 'continual', 'pion_drift', 'pipelines', 'poet_drift', 'race', 'representation', ...]
+        ['adapters', 'arena', 'continual', 'merging', 'pion_drift', 'pipelines', 'poet_drift', 'race', ...]
     """
     return sorted(STUDIES)
 

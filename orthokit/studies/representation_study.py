@@ -67,7 +67,7 @@ def _measure(unit: Row) -> list[Row]:
 
 _COMMON = (
     *(f"studies/{name}.py" for name in ("representation", "representation_study")),
-    *(f"diagnostics/{name}.py" for name in ("features", "_collect", "spectrum")),
+    *(f"diagnostics/{name}.py" for name in ("features", "_collect", "_modes", "spectrum")),
     *(f"lab/{name}.py" for name in ("racer", "tasks", "models", "schedules", "corpora")),
 )
 

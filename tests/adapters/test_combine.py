@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orthokit.adapters import adapter_parameters, attach, merge, set_adapters
+from orthokit.adapters._householder import plane_reflections
 from orthokit.adapters.boft import BOFT
 from orthokit.adapters.combine import combine, rotation_log, rotation_mean
 from orthokit.adapters.dora import DoRA
@@ -19,10 +20,12 @@ from orthokit.adapters.hra import HRA
 from orthokit.adapters.lora import LoRA
 from orthokit.adapters.oft import OFT
 from orthokit.adapters.paths import rewind
+from orthokit.adapters.peft_forms import NeumannSumOFT
 from orthokit.errors import OptionError, ParameterError, UnknownNameError
-from orthokit.linalg import cayley, exp, orthogonality_error, skew_part, unpack_skew
+from orthokit.linalg import cayley, exp, inverse_cayley, orthogonality_error, skew_part, unpack_skew
 
 METHODS = ("lie", "geodesic")
+ALL_METHODS = (*METHODS, "orthomerge")
 TURNING = {
     "oft": OFT(4),
     "oft exponential": OFT(4, map="exp"),
@@ -30,6 +33,7 @@ TURNING = {
     "oft shared": OFT(4, share=True),
     "oft scaled": OFT(4, angle_scale=0.5, block_rate=False, radius=0.6),
     "boft": BOFT(4, factors=2),
+    "hra": HRA(4),
 }
 ADDING = {"lora": LoRA(2, alpha=4), "pissa": LoRA(2, init="pissa"), "full": FullFineTuning()}
 
@@ -283,7 +287,11 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes():
     refused(model, ParameterError, "must be on the same layers; '1'", ["a", "one"])
     refused(model, ParameterError, "has an adapter 'c'", ["a", "c"])
     refused(model, OptionError, "of one kind", ["a", "lora"])
-    refused(model, OptionError, "hra cannot be combined", ["hra"])
+    refused(model, OptionError, "config is for rotations", ["hra"], config=HRA(4))
+    refused(model, OptionError, "orthomerge rotates weights.*merge_checkpoints", ["lora"], method="orthomerge")
+    refused(model, OptionError, "weights must be at least 0", ["a", "b"], [1.0, -1.0], method="orthomerge")
+    refused(model, OptionError, "clip must be", ["a", "b"], method="orthomerge", clip=0.9)
+    refused(model, UnknownNameError, "unknown intensity 'least'", ["a"], method="orthomerge", intensity="least")
     refused(model, OptionError, "dora cannot be combined", ["dora"])
     refused(model, OptionError, "one number for each", ["a", "b"], [1.0])
     refused(model, OptionError, "one number for each", ["a", "b"], [1.0, float("nan")])
@@ -324,8 +332,155 @@ def test_every_kind_is_combined_or_refused_in_words():
     """No adapter of the library falls through."""
     for kind, config in KINDS.items():
         model = several(config, 2, size=0.02)
-        if kind in ("hra", "dora"):
+        if kind == "dora":
             refused(model, OptionError, "cannot be combined", ["a", "b"])
         else:
             combine(model, ["a", "b"])
             assert model[0].active == ("combined",)
+
+
+def dense_generators(model, names):
+    return [torch.stack([inverse_cayley(layer.adapters[name].dense()) for name in names]) for layer in model]
+
+
+def directed_mean(Q, weights):
+    """The mean length along the mean direction."""
+    w = torch.tensor(weights, dtype=Q.dtype) / sum(weights)
+    mean = (w[:, None, None] * Q).sum(0)
+    return mean * float((w * torch.linalg.matrix_norm(Q)).sum() / mean.norm())
+
+
+@pytest.mark.parametrize("kind", ["oft", "oft series", "oft shared", "oft scaled", "hra"])
+def test_orthomerge_is_the_mean_direction_at_the_mean_length_of_the_whole_layer(kind):
+    config = TURNING[kind] if kind != "oft series" else OFT(4)
+    model = several(config, size=0.05)
+    combine(model, ["a", "b", "c"], [1.0, 2.0, 3.0], method="orthomerge")
+    expected = [cayley(directed_mean(Q, [1.0, 2.0, 3.0])) for Q in dense_generators(model, "abc")]
+    same(rotations(model, "combined"), expected)
+
+
+def test_orthomerge_of_smaller_blocks_and_of_intensities():
+    model = model_with({"a": OFT(2), "b": OFT(4)}, size=0.05)
+    combine(model, ["a", "b"], method="orthomerge")
+    Q = dense_generators(model, "ab")
+    same(rotations(model, "combined"), [cayley(directed_mean(q, [1.0, 1.0])) for q in Q])
+    combine(model, ["a", "b"], method="orthomerge", intensity="max", into="most")
+    for q, R in zip(Q, rotations(model, "most"), strict=True):
+        found = inverse_cayley(R).norm()
+        torch.testing.assert_close(found, torch.linalg.matrix_norm(q).max())
+
+
+@pytest.mark.parametrize("kind", TURNING)
+def test_orthomerge_of_equal_adapters_is_each_of_them_and_the_order_does_not_matter(kind):
+    model = several(TURNING[kind], size=0.05)
+    for layer in model:
+        for name in "bc":
+            layer.adapters[name].load_state_dict(layer.adapters["a"].state_dict())
+    same(weight(combine(model, ["a", "b", "c"], method="orthomerge"), "combined"), weight(model, "a"))
+    model = several(TURNING[kind], size=0.05)
+    combine(model, ["a", "b", "c"], [1.0, 2.0, 3.0], method="orthomerge", into="one")
+    combine(model, ["c", "a", "b"], [3.0, 1.0, 2.0], method="orthomerge", into="other")
+    same(weight(model, "one"), weight(model, "other"))
+
+
+def test_orthomerge_of_opposed_rotations_is_bounded():
+    model = several(OFT(4), 2, size=0.05)
+    with torch.no_grad():
+        for layer in model:
+            layer.adapters["b"].generator.copy_(-0.9 * layer.adapters["a"].generator)
+    combine(model, ["a", "b"], method="orthomerge", clip=3.0)
+    for a, c in zip(rotations(model, "a"), rotations(model, "combined"), strict=True):
+        torch.testing.assert_close(inverse_cayley(c), 3.0 * 0.05 * inverse_cayley(a), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.sampled_from([2, 4, 6]), min_size=1, max_size=3),
+    st.sampled_from(ALL_METHODS),
+    st.sampled_from([1e-8, 1e-3, 0.1]),
+    st.integers(0, 1000),
+)
+def test_reflections_combine_to_what_dense_matrices_give(ranks, method, size, seed):
+    """The map of the merged generators to 1e-10, near the identity as well as far from it."""
+    names = list("abc"[: len(ranks)])
+    model = model_with({name: HRA(r, seed=i) for i, (name, r) in enumerate(zip(names, ranks, strict=True))}, size=size)
+    weights = [(i + 1) / (len(ranks) * (len(ranks) + 1) / 2) for i in range(len(ranks))]
+    combine(model, names, weights, method=method)
+    for layer, Q in zip(model, dense_generators(model, names), strict=True):
+        part = layer.adapters["combined"]
+        if method == "geodesic":
+            expected = rotation_mean(cayley(Q), weights)
+        elif method == "lie":
+            expected = cayley(sum(w * q for w, q in zip(weights, Q, strict=True)))
+        else:
+            expected = cayley(directed_mean(Q, weights))
+        torch.testing.assert_close(part.dense(), expected, rtol=0, atol=1e-10)
+        assert part.config.rank == len(part.vectors) == min(sum(ranks), layer.in_features)
+        assert len(part.vectors) % 2 == 0 and float(orthogonality_error(part.dense())) < 1e-13
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 7), st.integers(0, 1000), st.floats(-9, 5), st.booleans())
+def test_planes_as_reflections_are_the_cayley_transform(m, seed, exponent, degenerate):
+    generator = torch.Generator().manual_seed(seed)
+    Q = skew_part(torch.randn(m, m, generator=generator, dtype=torch.float64)) * 10**exponent
+    if degenerate and m % 2 == 0:  # all planes by one angle
+        U = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))[0]
+        J = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double()] * (m // 2))
+        Q = U @ J @ U.mT * 10**exponent
+    R = torch.eye(m, dtype=torch.float64)
+    u = plane_reflections(Q)
+    for v in u:
+        R = R - 2 * (R @ v)[:, None] * v
+    assert len(u) % 2 == 0 and len(u) <= m
+    # The Cayley transform itself is known to the rounding of its solve.
+    torch.testing.assert_close(R, cayley(Q), rtol=0, atol=1e-13 * (1 + 10**exponent))
+
+
+def test_reflections_train_on_after_they_were_combined():
+    model = combine(several(HRA(2), 2), ["a", "b"])
+    x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model(x).square().sum().backward()
+    for layer in model:
+        u = layer.adapters["combined"].vectors
+        assert u.grad is not None and bool(u.grad.isfinite().all())
+        torch.testing.assert_close(u.norm(dim=1), torch.full_like(u[:, 0], layer.in_features**0.5))
+
+
+def test_reflections_without_a_generator_are_refused_but_a_single_one_is_copied():
+    configs = {"odd": HRA(3, symmetric=False), "turned": HRA(2, symmetric=False, orthogonal=True), "a": HRA(2)}
+    model = model_with(configs)
+    refused(model, OptionError, r"odd number of reflections \(3\)", ["odd", "a"])
+    refused(model, OptionError, "a half turn", ["turned", "a"])
+    refused(model, OptionError, "odd number", ["odd"], [0.5])
+    for name in configs:
+        same(
+            weight(combine(model, [name], into=f"copy_{name}", method="orthomerge"), f"copy_{name}"),
+            weight(model, name),
+        )
+    with torch.no_grad():
+        model[0].adapters["a"].vectors[0] = 0
+    attach(model, HRA(2), name="b")
+    refused(model, OptionError, "is 0 or not finite", ["a", "b"])
+    conv = nn.Sequential(nn.Conv2d(4, 4, 2))
+    for name, view in (("a", "channels"), ("b", "patches")):
+        attach(conv, HRA(2, conv=view), targets="conv", name=name)
+    refused(conv, OptionError, "in different views", ["a", "b"])
+
+
+def test_orthomerge_averages_factors_on_outputs():
+    model = several(BOFT(4, scale_outputs=True), 2)
+    combine(model, ["a", "b"], [1.0, 3.0], method="orthomerge")
+    for layer in model:
+        a, b, both = (layer.adapters[name].scale for name in ("a", "b", "combined"))
+        torch.testing.assert_close(both, (a + 3 * b) / 4)
+    refused(model, OptionError, "scale_outputs is in the way", ["a"], into="x", method="orthomerge", config=BOFT(4))
+
+
+def test_series_cut_as_peft_did_combine_with_the_exact_map():
+    cut = NeumannSumOFT(4, terms=2)
+    model = model_with({"a": cut, "b": cut, "c": OFT(4)}, size=0.02)
+    same(weight(combine(model, ["a", "b"], [1.0, 0.0], into="ab"), "ab"), weight(model, "a"))
+    assert model[0].adapters["ab"].config.kind == "oft_neumann_sum"
+    same(weight(combine(model, ["a", "c"], [0.0, 1.0], into="ac"), "ac"), weight(model, "c"))
+    assert type(model[0].adapters["ac"].config) is OFT

@@ -26,12 +26,6 @@ def test_a_threshold_decides_what_counts_as_rounding():
     assert figure["layout"]["meta"]["caption"] == "Everything is kept to 0.01 by OFT."
 
 
-def test_the_front_holds_whoever_is_not_beaten_on_both_axes():
-    trade = {"A": [[3, 2]], "B": [[2, 1]], "C": [[1.9, 1.5]], "D": [[np.nan, 0]]}
-    caption = F.gain_and_loss(trade, xlabel="gain", ylabel="loss")["layout"]["meta"]["caption"]
-    assert "Most gained: A (3); least lost: B (1)." in caption and caption.endswith("A and B.")
-
-
 def test_best_rates_at_an_edge_are_called_so():
     rates = {"A": ([1, 2, 4], [[2, 1, 3], [2, 1, 3]]), "B": ([1, 2], [1.0, 2.0]), "C": ([1, 2], [np.nan, np.nan])}
     figure = F.tuned_rates(rates, {"A": (2, [1.1, 1.2, 1.3])}, ylabel="nats", most=2.5)
@@ -74,8 +68,6 @@ def test_changes_of_rows_are_told_at_the_largest_distance():
         (ShapeError, lambda: F.kept_and_broken({"A": {"x": [1.0]}, "B": {"y": [1.0]}})),
         (OptionError, lambda: F.kept_and_broken({"A": {"x": [-1.0]}})),
         (OptionError, lambda: F.kept_and_broken({"A": {"x": [1.0]}}, threshold=0.0)),
-        (ShapeError, lambda: F.gain_and_loss({"A": [[1.0, 2.0, 3.0]]}, xlabel="", ylabel="")),
-        (ShapeError, lambda: F.gain_and_loss({"A": [[np.nan, 2.0]]}, xlabel="", ylabel="")),
         (OptionError, lambda: F.tuned_rates({"A": ([0.0, 1.0], [1.0, 2.0])}, ylabel="")),
         (ShapeError, lambda: F.tuned_rates({"A": ([1.0, 2.0], [np.nan, np.nan])}, ylabel="")),
         (ShapeError, lambda: F.loss_by_budget({"A": ([1.0, 2.0], [1.0])}, ylabel="")),

@@ -79,7 +79,12 @@ def test_a_method_that_diverged_is_named_and_not_drawn():
 
 
 def test_labels_of_neighbours_stand_apart():
-    spots = front._apart([(0.0, 0.0), (1.0, 1.0), (1.005, 1.0), (0.995, 1.0)], ["before", "LoRA", "DoRA", "PiSSA"])
+    spots = front._apart(
+        [(0.0, 0.0), (1.0, 1.0), (1.005, 1.0), (0.995, 1.0)],
+        ["before", "LoRA", "DoRA", "PiSSA"],
+        low=(0, 0),
+        high=(1, 1),
+    )
     assert len(set(spots[1:])) == 3
 
 
@@ -87,6 +92,39 @@ def test_twelve_methods_are_twelve_styles():
     many = {f"m{i}": [[1.0 + i, i * i]] for i in range(12)}
     marks = [t["marker"] for t in front.stability_plasticity(many, **AXES)["data"] if t["name"].startswith("m")]
     assert len({(mark["color"], mark["symbol"]) for mark in marks}) == 12
+
+
+def test_the_front_holds_whoever_is_not_beaten_on_both_axes():
+    trade = {"A": [[3, 2]], "B": [[2, 1]], "C": [[1.9, 1.5]], "D": [[np.nan, 0]]}
+    assert "forgets less: B and A. Beaten on both axes: C by B." in caption(front.stability_plasticity(trade, **AXES))
+
+
+def test_one_that_forgets_far_more_stands_at_the_edge_and_leaves_the_others_room():
+    points = {**POINTS, "D": [[1.4, 0.3], [1.5, 0.2]], "E": [[1.8, 9.0], [1.9, 11.0]]}
+    figure = front.stability_plasticity(points, **AXES)
+    assert "Below the chart: E, which forgets 10." in caption(figure)
+    low, high = figure["layout"]["yaxis"]["range"]
+    (arrow,) = (trace for trace in figure["data"] if trace.get("text") == ["E: 10"])
+    assert arrow["x"] == [pytest.approx(1.85)] and high < arrow["y"][0] < low < 6
+    # The bars of the others are inside.
+    half = mean_interval([1.0, 1.2])[2] - 1.1
+    assert high < -0.2 and low > max(2.1, 1.1 + half)
+    whole = front.stability_plasticity(points, **AXES, clip=False)
+    assert "range" not in whole["layout"]["yaxis"] and "Below" not in caption(whole)
+    assert whole["layout"]["yaxis"]["autorange"] == "reversed"
+
+
+@pytest.mark.parametrize("forgettings", [[0.1, 0.2, 0.3, 0.7], [9.0, 8.0, 0.1, 0.2], [-0.1, -0.2, -0.3, -0.01], [9.0]])
+def test_no_axis_ends_before_many_or_before_what_is_not_far(forgettings):
+    figure = front.stability_plasticity({f"m{i}": [[1.0, f]] for i, f in enumerate(forgettings)}, **AXES)
+    assert "range" not in figure["layout"]["yaxis"]
+
+
+def test_where_there_is_no_start_no_star_is_drawn():
+    with_, without = (front.stability_plasticity(POINTS, **AXES, start=start) for start in ((0, 0), None))
+    names = [{trace["name"] for trace in figure["data"]} for figure in (with_, without)]
+    assert names[0] - names[1] == {"before"}
+    assert without["data"][0]["x"][0] == 0.5, "the front begins at the least that was gained"
 
 
 def test_rates_tell_what_is_traded_at_the_best_one_and_beyond():

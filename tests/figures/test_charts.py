@@ -16,7 +16,10 @@ STEPS = np.arange(0, 50, 10)
 PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost", "forgetting_matrices")
 # Ticks that are names say it all.
 BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"} | dict.fromkeys(
-    ("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"),
+    (
+        *("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"),
+        *("merge_map", "merge_energies"),
+    ),
     "yaxis",
 )
 
@@ -50,6 +53,8 @@ def charts():
         "error_parity": F.error_parity([1, 2, 3], {"0.3": [0.2, 7e-4, 1.6e-2]}, products=[1, 2, 2]),
         "singular_values_by_angle": F.singular_values_by_angle([0, 1, 2], {"a": [1, 0, 3]}, measured={"a": ([1], [0])}),
         "merge_drift": F.merge_drift([0, 9], {"a": rng.random((3, 2)), "b": [0, -1]}, predicted={"b": [0, -1]}),
+        "merge_map": F.merge_map([{"name": "q.weight", "rotation_fraction": [0.4, 0.6]}]),
+        "merge_energies": F.merge_energies([{"name": "q.weight", "energy_base": 0.7, "energy_merged": 0.8}]),
         "map_adviser": F.map_adviser([0.1, 1], {"0.01": [2, np.nan]}, names={"0.01": ["two terms", "exact"]}),
         "table_maps": F.table_maps({"a": ([0.1, 1], [0.5, 1]), "b": ([0.1, 1], [-1, 1.2]), "c": ([0.1, 1], [1, 1])}),
         "before_after": F.before_after({"1/k": [1, 0.5]}, {"1/k": {"a": [1, 0.9], "b": [np.nan, np.nan]}}),
@@ -66,7 +71,6 @@ def charts():
         "stationarity_split": F.stationarity_split(T, {"in": rng.random((3, 5)), "radial": rng.random(5)}),
         "rate_range": F.rate_range([1e-3, 1e-2], {"A": [[2.0, np.nan], [2.1, 3.0]], "B": [2.2, 2.1]}),
         "kept_and_broken": F.kept_and_broken({"OFT": {"angles": [1e-7, 0.0]}, "LoRA": {"angles": [0.01, 0.02]}}),
-        "gain_and_loss": F.gain_and_loss({"A": rng.random((3, 2)), "B": [[np.nan, 1]]}, xlabel="bits", ylabel="bits"),
         "tuned_rates": F.tuned_rates({"A": ([1, 2, 4], [2.0, 1.5, np.nan])}, {"A": (2, [1.5, 1.6])}, ylabel="nats"),
         "loss_by_budget": F.loss_by_budget({"A": ([10, 40], rng.random((3, 2)))}, ylabel="nats", start=2, full=0.1),
         "rates_by_block": F.rates_by_block(([8, 16], [4e-3, 2e-3]), ([8, 16], [2e-3, 2e-3])),
@@ -108,6 +112,19 @@ def charts():
         ),
         "layer_map": F.layer_map(["q", "k"], {"A": [0.1, np.nan]}, name="residual"),
         "rank_phases": F.rank_phases({"A": ([0, 1, 2], [[17.0, 2.0, 8.0], [19.0, 4.0, 8.0]])}),
+        "anchor_alignment": F.anchor_alignment(
+            {"block 0": (STEPS, rng.random((2, 5))), "block 1": (STEPS, rng.random(5))}, bounds={"block 1": 0.99}
+        ),
+        "anchor_overlap": F.anchor_overlap({"end": rng.random((2, 3))}, layers=["0", "1", "2"], chance=0.2),
+        "anchor_spectra": F.anchor_spectra({"step 0": [1.0, 0.1, 0.0], "step 9": [1.0, 0.5, 0.2]}),
+        "loss_landscape": F.loss_landscape(
+            [0, 1, 2],
+            [-1, 1],
+            rng.random((2, 3)),
+            points={"base": (0.0, 0.0), "one": (2.0, 0.0)},
+            paths={"TA": ([[0, 0], [1, 0.5]], [1.0, 0.8]), "FDA": ([[0, 0], [1.5, 0.5]], [1.0, 0.4])},
+            off={"FDA": [0.0, 0.3]},
+        ),
         "phase_forest": F.phase_forest({"rise": {"A": [[0.3, 0.1, 0.5]]}}),
         "rank_by_layer": F.rank_by_layer({"step 0": [[3, 9], [5, 9]], "end": [1, 2]}, layers=["norm", "embed"]),
         "rank_and_loss": F.rank_and_loss({"A": ([8, 4, 4.1], [17, 3, 20])}, points={"longer": (1.5, 25)}),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from orthokit.errors import MissingExtraError, NonFiniteError, OptionError, Para
 from orthokit.lab import Racer, TinyGPT, arena
 from orthokit.lab.arena import GROUNDS, METHODS, budget_settings, compete, enter, figures_at_start, judged, methods
 from orthokit.lab.arena import portrait as draw
+from orthokit.lab.arena.methods import target_shapes
 from orthokit.lab.arena.rewinding import UNIFORM, paths_of, rewound
 from orthokit.lab.arena.weights import effective_bias, effective_weight, target_names, weights_after, weights_before
 
@@ -62,6 +64,17 @@ def test_the_numbers_a_method_trains_are_those_it_counts(method):
     assert rows[-1]["trainable"] == few * METHODS[method].count(size, 128, 128)
     shapes = [(128, 128)] * 20 + [(344, 128)] * 10
     assert expected == sum(METHODS[method].count(size, *shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("ground", GROUND_CASES)
+def test_parameters_are_counted_on_shapes_without_fitting_a_head(ground, monkeypatch):
+    place, counted = GROUNDS[ground], target_shapes(ground)
+    monkeypatch.setitem(GROUNDS, ground, replace(place, bare=None))
+    assert target_shapes(ground) == counted, "the pretrained model has these layers"
+    if place.head:
+        refused = replace(place, model=lambda small: pytest.fail("a model was made to count"))
+        monkeypatch.setitem(GROUNDS, ground, refused)
+        assert target_shapes(ground) == counted
 
 
 def test_sizes_that_do_not_suit_a_layer_are_left_out_of_a_budget():
@@ -249,6 +262,8 @@ def test_a_portrait_says_what_the_definitions_say():
     U, S, Vh = torch.linalg.svd(before[name].double())
     drift = (U.mT @ change[name] @ Vh.mT).diagonal().abs() / S[0]
     assert row["retention"] == pytest.approx(float(drift.mean()), rel=1e-3)
+    spectrum = [one["after"] for one in found.profiles if one["layer"] == name]
+    torch.testing.assert_close(torch.tensor(spectrum, dtype=torch.float64), values, rtol=1e-6, atol=1e-6)
     adaptation = [one["adaptation"] for one in found.profiles if one["layer"] == name]
     expected = torch.linalg.vector_norm(change[name] @ Vh.mT, dim=0)
     torch.testing.assert_close(torch.tensor(adaptation, dtype=torch.float64), expected, rtol=1e-3, atol=1e-6)

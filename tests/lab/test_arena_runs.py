@@ -1,12 +1,15 @@
 """The arena in the run store: one run a combination, finished ones kept, failures that stop nobody."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from orthokit.errors import OptionError, RunError, UnknownNameError
 from orthokit.lab import Run, runs
-from orthokit.lab.arena import arena_rows, compete, run_arena, running
+from orthokit.lab.arena import GROUNDS, arena_rows, compete, run_arena, running
+from orthokit.lab.arena.grounds import pretrained_model
 
 SMALL = {"steps": 2, "small": True, "progress": False, "evaluations": 1, "portrait": False}
 
@@ -84,6 +87,23 @@ def test_processes_make_the_same_runs(tmp_path):
     alone = run_arena("tinygpt", "lora", seeds=[0, 1], root=tmp_path / "a", **SMALL)
     shared = run_arena("tinygpt", "lora", seeds=[0, 1], root=tmp_path / "b", jobs=2, **SMALL)
     assert shared["target"].tolist() == pytest.approx(alone["target"].tolist(), abs=1e-5)
+
+
+def test_other_processes_know_a_ground_that_was_added(tmp_path, monkeypatch):
+    # All its functions are ones that a module defines, as those of a file of one's own would be.
+    mine = replace(GROUNDS["tinygpt"], model=partial(pretrained_model, "tinygpt"), label="mine")
+    monkeypatch.setitem(GROUNDS, "mine", mine)
+    frame = run_arena("mine", "lora", rates=1e-2, seeds=[0, 1], root=tmp_path, jobs=2, **SMALL)
+    assert set(frame["status"]) == {"finished"} and frame["target"].notna().all()
+
+
+def test_a_ground_that_other_processes_cannot_have_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(GROUNDS, "mine", replace(GROUNDS["tinygpt"], label="mine"))
+    with pytest.raises(OptionError, match=r"'mine' cannot be handed to other processes .* Use jobs=1."):
+        run_arena(["tinygpt", "mine"], "lora", rates=1e-2, seeds=[0], root=tmp_path, jobs=2, **SMALL)
+    assert not list(tmp_path.iterdir())
+    frame = run_arena("mine", "lora", rates=1e-2, seeds=[0], root=tmp_path, **SMALL)
+    assert set(frame["status"]) == {"finished"}
 
 
 def test_a_finished_run_with_other_options_is_refused(tmp_path):

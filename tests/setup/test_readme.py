@@ -22,7 +22,7 @@ def test_the_example_prints_the_output_shown():
 
 
 def test_the_example_of_an_adapter_runs_and_merging_keeps_the_function():
-    first, second = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    first, second, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(first, "README.md", "exec"), names)
@@ -31,6 +31,16 @@ def test_the_example_of_an_adapter_runs_and_merging_keeps_the_function():
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.allclose(names["model"](ids), names["ok"].lab.load_pretrained()(ids), atol=1e-5)
+
+
+def test_the_example_of_merging_runs_and_all_tasks_get_a_score():
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[::2]:
+            exec(compile(code, "README.md", "exec"), names)
+    scores = names["ok"].lab.expert_scores("pictures", names["merged"], names["experts"])
+    assert all(0.5 < score <= 1 for score in scores.values()) and str(scores) in printed.getvalue()
+    assert f"all {len(names['ok'].merging.methods())}".replace("16", "sixteen") in TEXT
 
 
 def test_every_notebook_is_listed():

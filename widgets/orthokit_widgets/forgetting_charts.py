@@ -59,7 +59,9 @@ def front_base(record: Record | None, place: Ground) -> dict[str, Any]:
         return _nothing_yet(**axes)
     points = record.points()
     names = {METHODS[method].label: method for method in METHODS if method in points}
-    figure = stability_plasticity({label: list(points[name].values()) for label, name in names.items()}, **axes)
+    pairs = {label: list(points[name].values()) for label, name in names.items()}
+    # Any of them may be looked at next, so none is left outside.
+    figure = stability_plasticity(pairs, **axes, clip=False)
     for trace in figure["data"]:
         if trace["name"] not in names:
             continue

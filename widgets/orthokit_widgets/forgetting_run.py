@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from orthokit.errors import OrthokitError, RunDamagedError
@@ -22,10 +21,8 @@ from orthokit.lab.arena import budget_settings, enter
 from orthokit.lab.arena.grounds import judged
 from orthokit.lab.arena.portraits import portrait
 from orthokit.lab.arena.rewinding import paths_of, rewound
-from orthokit.lab.arena.weights import weights_after
 from orthokit.lab.racer import Racer
 from orthokit.lab.runs import Run
-from orthokit.linalg import singular_values
 from orthokit_widgets.forgetting_data import PATHS, Portrait, Profile, Walk, from_rows, points_of
 from orthokit_widgets.training_run import reserve
 from orthokit_widgets.worker import Job
@@ -188,7 +185,7 @@ class LiveEntry:
             _so_far(self.asked, self._judged),
             summary=found.summary,
             layers=found.layers,
-            profiles=_with_after(found.profiles, weights_after(self.ground, racer.model, small=self.small)),
+            profiles=found.profiles,
             paths=places,
         )
         _write(run, whole)
@@ -210,12 +207,6 @@ def _interruptible(given_up: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _with_after(rows: list[dict[str, Any]], weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Rows of profiles with the singular values of the finished weights beside those before."""
-    after = {layer: singular_values(weights[layer].double()).tolist() for layer in {row["layer"] for row in rows}}
-    return [row | {"after": after[row["layer"]][row["index"]]} for row in rows]
 
 
 def _so_far(asked: dict[str, Any], rows: list[dict[str, Any]]) -> Portrait:

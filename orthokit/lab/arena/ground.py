@@ -42,6 +42,8 @@ class Ground:
         tokens: Tokens compared, at least four for each of their outputs.
         padded: Whether inputs are tokens padded with 0.
         geometry: ``geometry(model, small)``: how much the similarities of held-out inputs changed, or ``None``.
+        bare: ``bare()``: a model of the same layers without weights, which is all that counting parameters needs;
+            ``None``: they are counted on ``model(True)``.
     """
 
     label: str
@@ -63,6 +65,7 @@ class Ground:
     tokens: int = 0
     padded: bool = False
     geometry: Callable[[nn.Module, bool], float] | None = None
+    bare: Callable[[], nn.Module] | None = None
 
 
 def fitted_head(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -30,10 +31,13 @@ __all__ = [
 
 GROUNDS: dict[str, Ground] = {**LANGUAGE, **PICTURES, **TEXTS}
 """What is fine-tuned on what, by name; one more entry is one more arena."""
+_OWN = frozenset(GROUNDS)
 
 
 def add_ground(name: str, ground: Ground) -> None:
-    """Enter a ground under a name, for this process; :func:`run_arena` with several processes does not see it.
+    """Enter a ground under a name, for this process and for those that :func:`~orthokit.lab.arena.run_arena` starts.
+
+    The latter get a copy, so with ``jobs`` above 1 its functions have to be ones that a module defines.
 
     Args:
         name: Not taken yet; letters, digits, ``_``.
@@ -53,6 +57,24 @@ def add_ground(name: str, ground: Ground) -> None:
         # What was measured of the old one is kept by name.
         raise OptionError(f"there is a ground {name!r} already; choose another name.")
     GROUNDS[name] = ground
+
+
+def handed_on(names: Iterable[str]) -> dict[str, Ground]:
+    """Those of the grounds that another process would lack, which are the ones that were added in this one.
+
+    Raises:
+        OptionError: One of them cannot be sent there.
+    """
+    added = {name: GROUNDS[name] for name in names if name not in _OWN}
+    for name, ground in added.items():
+        try:
+            pickle.dumps(ground)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise OptionError(
+                f"with jobs above 1 the functions of a ground must be defined in a module; {name!r} cannot be handed "
+                f"to other processes ({error}). Use jobs=1."
+            ) from error
+    return added
 
 
 def ground_named(name: str) -> Ground:

@@ -203,6 +203,14 @@ def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in adapter_parameters(model).values())
 
 
+def target_shapes(ground: str) -> Counter[tuple[int, int]]:
+    """Shapes ``(out, in)`` of the layers that are adapted, and how many there are of each; no weight is looked at."""
+    place = ground_named(ground)
+    model = pretrained_model(ground, True) if place.bare is None else place.bare()
+    layers = chosen_layers(model, place.targets, LoRA()).values()
+    return Counter((layer.out_features, layer.in_features) for layer in cast("Iterable[nn.Linear]", layers))
+
+
 @lru_cache(maxsize=16)
 def budget_settings(ground: str, scale: float = 1.0) -> dict[str, tuple[int, int]]:
     """The size of every method whose number of trainable parameters is nearest to that of OFT at the ground's block.
@@ -223,8 +231,7 @@ def budget_settings(ground: str, scale: float = 1.0) -> dict[str, tuple[int, int
         True
     """
     place = ground_named(ground)
-    layers = chosen_layers(pretrained_model(ground, True), place.targets, LoRA()).values()
-    shapes = Counter((layer.out_features, layer.in_features) for layer in cast("Iterable[nn.Linear]", layers))
+    shapes = target_shapes(ground)
 
     def total(name: str, size: int) -> int:
         return sum(places * METHODS[name].count(size, *shape) for shape, places in shapes.items())

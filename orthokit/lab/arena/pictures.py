@@ -101,6 +101,8 @@ def _picture_ground(which: str, label: str) -> Ground:
         seen=("blocks.*.attn.?", "blocks.*.mlp.down"),
         tokens=1024,
         geometry=_geometry,
+        # Its own head instead of one that is fitted.
+        bare=load_small_vit,
     )
 
 

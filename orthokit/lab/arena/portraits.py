@@ -55,7 +55,8 @@ class Portrait:
     Args:
         summary: Diagnostic to its value for the whole model.
         layers: One row a layer: ``layer``, the diagnostics, ``strength``.
-        profiles: One row for each singular direction of three layers: ``layer, index, sigma, retention, adaptation``.
+        profiles: One row for each singular direction of three layers: ``layer, index, sigma, retention, adaptation``
+            and ``after``, the singular value of that rank in the fine-tuned weight.
     """
 
     summary: dict[str, float]
@@ -131,10 +132,15 @@ def portrait(ground: str, model: nn.Module, *, small: bool = False) -> Portrait:
         }
         layers.append(row)
         if name in shown:
-            columns = zip(sigma.tolist(), profile.retention.tolist(), profile.adaptation.tolist(), strict=True)
+            columns = {
+                "sigma": sigma,
+                "retention": profile.retention,
+                "adaptation": profile.adaptation,
+                "after": after_values,
+            }
             profiles += [
-                {"layer": name, "index": i, "sigma": s, "retention": p, "adaptation": e}
-                for i, (s, p, e) in enumerate(columns)
+                {"layer": name, "index": i} | dict(zip(columns, values, strict=True))
+                for i, values in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True))
             ]
     summary = {key: _mean([row[key] for row in layers]) for key in DIAGNOSTICS}
     summary |= {"moved": math.sqrt(changed / whole), "spectrum": max(row["spectrum"] for row in layers)}

@@ -17,7 +17,8 @@ import torch
 from orthokit.errors import OptionError, RunBusyError, RunError, unknown_name
 from orthokit.lab._run_reader import RunReader
 from orthokit.lab.arena.contest import compete
-from orthokit.lab.arena.grounds import ground_named
+from orthokit.lab.arena.ground import Ground
+from orthokit.lab.arena.grounds import GROUNDS, ground_named, handed_on
 from orthokit.lab.arena.methods import METHODS
 from orthokit.lab.arena.portraits import DIAGNOSTICS
 from orthokit.lab.arena.rates import first_rate
@@ -75,7 +76,8 @@ def run_arena(
 
     Raises:
         UnknownNameError: No such ground or method.
-        OptionError: A number out of range, or nothing to do.
+        OptionError: A number out of range, nothing to do, or a ground of :func:`~orthokit.lab.arena.add_ground` that
+            other processes cannot have.
         RunError: A finished run of that name was made with other options; nothing was started.
 
     Example:
@@ -97,9 +99,10 @@ def run_arena(
     planned = [{**one, **shared} for one in _combinations(_many(grounds), _many(methods), seeds, rates)]
     folder = runs_root(root)
     waiting = [one for one in planned if not _finished(folder, one)]
+    added = handed_on({one["ground"] for one in waiting}) if jobs > 1 else {}
     failed: dict[str, str] = {}
     with Progress("arena", steps=len(planned), start=len(planned) - len(waiting), enabled=progress) as bar:
-        for done, (name, message) in enumerate(_made(folder, waiting, jobs), len(planned) - len(waiting) + 1):
+        for done, (name, message) in enumerate(_made(folder, waiting, jobs, added), len(planned) - len(waiting) + 1):
             if message:
                 failed[name] = message
             bar.update(done, {"failed": len(failed)} if failed else {})
@@ -171,7 +174,7 @@ def _finished(folder: Path, one: Row) -> bool:
     return True
 
 
-def _made(folder: Path, waiting: list[Row], jobs: int) -> Iterator[tuple[str, str]]:
+def _made(folder: Path, waiting: list[Row], jobs: int, added: dict[str, Ground]) -> Iterator[tuple[str, str]]:
     """Names of runs as they end, with why they failed or an empty text."""
     if jobs == 1 or len(waiting) < 2:
         for one in waiting:
@@ -180,12 +183,18 @@ def _made(folder: Path, waiting: list[Row], jobs: int) -> Iterator[tuple[str, st
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ExitStack() as stack:
         # spawn: a forked child would inherit torch's thread pool in a state it cannot use.
-        pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), _ready, (threads, added))
         stack.callback(pool.shutdown, cancel_futures=True)
         futures = {pool.submit(_make, folder, one): _name(one) for one in waiting}
         for future in as_completed(futures):
             error = future.exception()
             yield futures[future], future.result() if error is None else f"{type(error).__name__}: {error}"
+
+
+def _ready(threads: int, added: dict[str, Ground]) -> None:
+    """What a process needs before it makes runs."""
+    torch.set_num_threads(threads)
+    GROUNDS.update(added)
 
 
 def _make(folder: Path, one: Row) -> str:
@@ -217,7 +226,7 @@ def _store(run: Run, rows: list[Row]) -> None:
     if layers:
         run.note("layers: " + json.dumps([row["layer"] for row in layers]))
     for kind, group, columns in (
-        ("profile", "layer", ("index", "sigma", "retention", "adaptation")),
+        ("profile", "layer", ("index", "sigma", "retention", "adaptation", "after")),
         ("path", "path", ("alpha", "target", "general")),
     ):
         some = [row for row in rows if row["kind"] == kind]

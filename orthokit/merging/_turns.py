@@ -1,0 +1,265 @@
+r"""The rotation of each expert against the base, as generators that can be averaged.
+
+For ``M = W0^T T + mu I`` the nearest rotation ``R = (I + Q)(I - Q)^{-1}`` is where ``R^T M`` is symmetric:
+
+.. math:: F(Q) = \mathrm{skew}\,[(I - Q)\, M\, (I - Q)] = 0 .
+
+``M`` is a symmetric matrix that all experts share, ``W0^T W0 + mu I``, and a small change. In the eigenvectors of the
+shared part its Sylvester operator ``Q -> Q S + S Q`` is a division, entry by entry, so a few products replace an SVD
+and a solve per expert: corrections run in the dtype that is fast here, the residual ``F`` in full precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from orthokit.device import fast_matmul_dtype
+from orthokit.errors import OptionError
+from orthokit.linalg import inverse_cayley
+
+__all__ = ["ROUTES", "Side", "Turn", "shared_side", "turns"]
+
+ROUTES = ("auto", "svd", "iteration")
+
+# Below, LAPACK's SVD takes about a millisecond and iterating does not pay.
+_SMALL = 128
+# Relative error of a generator at which the iteration stops: rounding of the data is of this size.
+_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-11}
+_OUTER, _INNER = 6, 16
+# An inner loop in low precision gains two digits; more would be its own rounding.
+_GAIN = 4e-3
+
+
+@dataclass(frozen=True)
+class Side:
+    """The input side of a base matrix, in an orthonormal basis that (nearly) diagonalises ``W0^T W0``.
+
+    Args:
+        base: ``W0``, shape ``(out, in)``.
+        prior: ``mu``, the pull of every rotation to the identity.
+        vectors: The basis as columns, ``(in, in)``; ``None``: the standard one.
+        seen: ``W0`` in the basis, its first ``rank`` columns; the others are 0.
+    """
+
+    base: Tensor
+    prior: float
+    vectors: Tensor | None
+    seen: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``seen``: the smaller side of the matrix, or ``in`` in the standard basis."""
+        return self.seen.shape[-1]
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``W0^T W0`` on the first ``rank`` directions."""
+        return self.seen.mT @ self.seen
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """``S_jj + S_kk``, by which the Sylvester operator of the shared part multiplies entry ``jk``."""
+        diagonal = torch.full((self.base.shape[-1],), self.prior, dtype=self.base.dtype, device=self.base.device)
+        diagonal[: self.rank] += self.gram.diagonal()
+        return diagonal[:, None] + diagonal
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """One over the square root of that factor."""
+        return self.sums.rsqrt()
+
+    def into(self, change: Tensor) -> Tensor:
+        """A matrix of the base's shape, in the basis."""
+        return change if self.vectors is None else change @ self.vectors
+
+    def back(self, change: Tensor) -> Tensor:
+        """And from the basis."""
+        return change if self.vectors is None else change @ self.vectors.mT
+
+    def moved(self, generator: Tensor) -> Tensor:
+        r"""``W0 R - W0`` in the basis, from ``W0 (R - I) = 2 W0 Q (I - Q)^{-1}``: no cancellation for small angles."""
+        step = (2 * self.seen) @ generator[: self.rank]
+        total, before = step.clone(), float(torch.linalg.vector_norm(step))
+        limit = _TOLERANCE[step.dtype] * before
+        power, ratio = step, 0.5
+        for _ in range(_OUTER):
+            # A term that is small beside the sum may be as coarse as it is small.
+            rough = ratio * torch.finfo(_inner_dtype(step)).eps < _TOLERANCE[step.dtype]
+            dtype = _inner_dtype(step) if rough else step.dtype
+            power = (power.to(dtype) @ generator.to(dtype)).to(step.dtype)
+            size = float(torch.linalg.vector_norm(power))
+            total += power
+            if size <= limit:
+                return total
+            if size > 0.3 * before:
+                break  # a solve is cheaper than so many powers
+            ratio, before = size / float(torch.linalg.vector_norm(total)), size
+        eye = torch.eye(generator.shape[-1], dtype=generator.dtype, device=generator.device)
+        return torch.linalg.solve(eye - generator, step, left=False)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of one expert.
+
+    Args:
+        generator: ``Q``, skew, in the basis of its side.
+        route: ``"iteration"`` or ``"svd"``.
+        contraction: Factor by which corrections shrank; 0 for an SVD.
+    """
+
+    generator: Tensor
+    route: str
+    contraction: float
+
+
+def shared_side(base: Tensor, *, prior: float, route: str) -> Side:
+    """What all experts of one base share; ``route="svd"`` keeps the standard basis."""
+    rows, columns = base.shape
+    if route == "svd" or (route == "auto" and columns < _SMALL):
+        return Side(base, prior, None, base)
+    if rows >= columns:
+        vectors = torch.linalg.eigh(base.mT @ base).eigenvectors
+        return Side(base, prior, vectors, base @ vectors)
+    left = torch.linalg.eigh(base @ base.mT).eigenvectors
+    # Orthonormal to rounding however small a singular value is, and completed by a basis of the null space.
+    vectors = torch.linalg.qr(base.mT @ left, mode="complete").Q
+    return Side(base, prior, vectors, base @ vectors[:, :rows])
+
+
+def turns(side: Side, change: Tensor, *, route: str, name: str) -> Turn:
+    """The rotation nearest to taking ``W0`` to ``W0 + change``.
+
+    Args:
+        side: From :func:`shared_side`.
+        change: In the basis of ``side``, shape ``(out, in)``.
+        route: ``"auto"``: iterate, and decompose where that does not converge; ``"iteration"``; ``"svd"``.
+        name: Of the expert, for words.
+    """
+    cross = side.seen.mT @ change  # the first ``rank`` rows of W0^T (T - W0); the others are 0
+    found: Turn | None = None
+    if side.vectors is not None:
+        found = _iterated(side, cross)
+        if found is None and route == "iteration":
+            raise OptionError(
+                f"{name} is turned too far against the base for route='iteration'; use route='auto', which decomposes "
+                "such a matrix."
+            )
+    return found or _decomposed(side, cross, name)
+
+
+def _decomposed(side: Side, cross: Tensor, name: str) -> Turn:
+    """The generator by an SVD; in float64, since the smallest singular values, near ``prior``, decide about it."""
+    rank, size = side.rank, side.base.shape[-1]
+    top = cross.double()
+    top[:, :rank] += side.gram
+    # Directions that neither the base nor the expert has any weight in do not turn, and can be left out.
+    within = torch.linalg.qr(top[:, rank:].mT).Q if 2 * rank < size else None
+    if within is not None:
+        top = torch.cat([top[:, :rank], top[:, rank:] @ within], dim=1)
+    M = torch.zeros(top.shape[1], top.shape[1], dtype=top.dtype, device=top.device)
+    M[:rank] = top
+    M.diagonal().add_(side.prior)
+    U, _, Vh = torch.linalg.svd(M)
+    try:
+        turned = inverse_cayley(U @ Vh)
+    except OptionError:
+        raise OptionError(
+            f"the rotation of {name} against the base has an eigenvalue -1, which no generator has; got "
+            f"prior={side.prior:.2g} on a matrix of shape {tuple(side.base.shape)}. Raise prior, or rotate less of it "
+            "with target='conflict'."
+        ) from None
+    generator = turned
+    if within is not None:
+        generator = torch.zeros(size, size, dtype=top.dtype, device=top.device)
+        generator[:rank, :rank] = turned[:rank, :rank]
+        generator[:rank, rank:] = turned[:rank, rank:] @ within.mT
+        generator[rank:, :rank] = -generator[:rank, rank:].mT
+        generator[rank:, rank:] = within @ turned[rank:, rank:] @ within.mT
+    return Turn(generator.to(cross.dtype), "svd", 0.0)
+
+
+def _iterated(side: Side, cross: Tensor) -> Turn | None:
+    """The generator by inexact Newton steps; ``None`` where they do not shrink."""
+    rank, tolerance = side.rank, _TOLERANCE[cross.dtype]
+    # The symmetric part of M off its diagonal; the part that follows by symmetry is not stored.
+    beside = cross.clone()
+    beside[:, :rank] += cross[:, :rank].mT.contiguous()
+    beside *= 0.5
+    beside[:, :rank] += side.gram
+    beside[:, :rank].diagonal().sub_(side.gram.diagonal())
+    beside = beside.to(_inner_dtype(cross))
+    shared = cross.clone()
+    shared[:, :rank] += side.gram
+    F = torch.zeros_like(side.sums)
+    F[:rank] = cross
+    generator, contraction, before = torch.zeros_like(F), 0.0, torch.inf
+    for outer in range(_OUTER):
+        F = _skew(F, 0.5)
+        if outer:
+            F.sub_(generator, alpha=2 * side.prior)
+        step, ratio = _solved(side, F, beside)
+        if step is None:
+            return None
+        generator += step
+        contraction = max(contraction, ratio)
+        first, whole = (float(torch.linalg.vector_norm(one)) for one in (step, generator))
+        # What is left after a step: it times what it gained on the one before, or what a slow inner loop leaves.
+        left = first * max(_GAIN, contraction**2, first / before)
+        before = first
+        if first == 0 or left <= tolerance * whole:
+            # Vectorised and remaining entries round differently, which leaves it skew to rounding only.
+            return Turn(_skew(generator, 0.5), "iteration", contraction)
+        rest = torch.addmm(shared, shared, generator, alpha=-1)
+        F = torch.mm(generator[:, :rank], rest, out=F).neg_()
+        F[:rank] += rest
+    return None
+
+
+def _solved(side: Side, F: Tensor, beside: Tensor) -> tuple[Tensor | None, float]:
+    """The skew ``X`` with ``X S + S X = F`` by conjugate gradients, to two digits, and how fast it got there.
+
+    All is scaled by the square root of the diagonal's operator, which makes that the identity.
+    """
+    rank, scales = side.rank, side.scales
+    left = (F * scales).to(beside.dtype)
+    size = start = _dot(left, left)
+    if start == 0:
+        return torch.zeros_like(F), 0.0
+    direction, found, slowest = left.clone(), torch.zeros_like(F), 0.0
+    fast = scales.to(beside.dtype)
+    for _ in range(_INNER):
+        bare = direction * fast
+        product = bare[:, :rank] @ beside
+        if rank < beside.shape[-1]:
+            product[:, :rank] += bare[:, rank:] @ beside[:, rank:].mT
+        image = _skew(product).mul_(fast).add_(direction)
+        curvature = _dot(direction, image)
+        if curvature <= 0:
+            return None, 1.0  # the symmetric part of M is not positive: no rotation by small angles
+        found.add_(direction, alpha=size / curvature)
+        left.sub_(image, alpha=size / curvature)
+        before, size = size, _dot(left, left)
+        slowest = max(slowest, (size / before) ** 0.5)
+        if size <= _GAIN**2 * start:
+            return found.mul_(scales), slowest
+        direction.mul_(size / before).add_(left)
+    return None, slowest
+
+
+def _skew(X: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor (X - X^T)``, in the memory of ``X``."""
+    # Subtracting a transposed view takes five times as long as copying it first.
+    return X.sub_(X.mT.contiguous()) if factor == 1 else X.sub_(X.mT.contiguous()).mul_(factor)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.sum(a * b, dtype=torch.float32))
+
+
+def _inner_dtype(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.dtype == torch.float64 else fast_matmul_dtype(like.device)
