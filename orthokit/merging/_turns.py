@@ -11,6 +11,7 @@ and a solve per expert: corrections run in the dtype that is fast here, the resi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -221,44 +222,99 @@ def _iterated(side: Side, cross: Tensor) -> Turn | None:
 
 
 def _solved(side: Side, F: Tensor, beside: Tensor) -> tuple[Tensor | None, float]:
-    """The skew ``X`` with ``X S + S X = F`` by conjugate gradients, to two digits, and how fast it got there.
-
-    All is scaled by the square root of the diagonal's operator, which makes that the identity.
-    """
-    rank, scales = side.rank, side.scales
-    left = (F * scales).to(beside.dtype)
-    size = start = _dot(left, left)
-    if start == 0:
-        return torch.zeros_like(F), 0.0
-    direction, found, slowest = left.clone(), torch.zeros_like(F), 0.0
+    """The skew ``X`` with ``X S + S X = F`` to two digits, and how fast it got there; ``None`` where it does not."""
+    if side.rank < F.shape[-1]:
+        return _solved_wide(side, F, beside)
+    scales = side.scales
     fast = scales.to(beside.dtype)
+
+    def image(parts: list[Tensor]) -> list[Tensor]:
+        return [_skew((parts[0] * fast) @ beside).mul_(fast).add_(parts[0])]
+
+    found, slowest = _conjugate_gradients(image, [(F * scales).to(beside.dtype)], [1.0])
+    return (found[0].to(F.dtype).mul_(scales) if found else None), slowest
+
+
+def _solved_wide(side: Side, F: Tensor, beside: Tensor) -> tuple[Tensor | None, float]:
+    """The same where the base has directions of no weight: there ``S`` is ``mu I``, and their block is eliminated.
+
+    With ``X = [[A, B], [-B^T, C]]`` and ``H`` beside the diagonal, ``C = (F_22 + B^T H - H^T B) / 2 mu``, so that only
+    ``A`` and ``B`` are searched for. That leaves fewer numbers, and the square of the contraction.
+    """
+    rank, mu, dtype = side.rank, side.prior, beside.dtype
+    H = beside[:, rank:].contiguous()
+    wide = H.to(F.dtype)
+    G = (wide @ wide.mT).div_(2 * mu)
+    diagonal = side.sums[:rank, rank] - G.diagonal()  # S_jj + mu, less what C takes of it
+    if mu == 0 or bool((diagonal <= 0).any()):
+        return None, 1.0
+    scale_a, scale_b = side.sums[:rank, :rank].rsqrt(), diagonal.rsqrt()[:, None]
+    fast_a, fast_b = scale_a.to(dtype), scale_b.to(dtype)
+    inner = beside[:, :rank].contiguous()
+    G.diagonal().zero_()
+    coupled = (beside[:, :rank].to(F.dtype) - G).to(dtype)
+
+    def image(parts: list[Tensor]) -> list[Tensor]:
+        A, B = parts[0] * fast_a, parts[1] * fast_b
+        U = B @ H.mT
+        across = (A + U.mT.contiguous().mul_(1 / (2 * mu))) @ H
+        top = torch.addmm(U, A, inner)
+        across = torch.addmm(across, coupled, B)
+        return [_skew(top).mul_(fast_a).add_(parts[0]), across.mul_(fast_b).add_(parts[1])]
+
+    F22 = F[rank:, rank:]
+    start_b = (F[:rank, rank:] - wide @ F22 / (2 * mu)).mul_(scale_b)
+    left = [(F[:rank, :rank] * scale_a).to(dtype), start_b.to(dtype)]
+    # B stands in X twice.
+    found, slowest = _conjugate_gradients(image, left, [1.0, 2.0])
+    if not found:
+        return None, slowest
+    A, B = found[0].to(F.dtype).mul_(scale_a), found[1].to(F.dtype).mul_(scale_b)
+    X = torch.empty_like(F)
+    X[:rank, :rank], X[:rank, rank:], X[rank:, :rank] = A, B, -B.mT.contiguous()
+    C = _skew((B.to(dtype).mT @ H).to(F.dtype)).add_(F22).div_(2 * mu)
+    X[rank:, rank:] = C
+    return X, slowest
+
+
+def _conjugate_gradients(
+    image: Callable[[list[Tensor]], list[Tensor]], left: list[Tensor], weights: list[float]
+) -> tuple[list[Tensor], float]:
+    """The solution to two digits, as parts that count by ``weights`` in inner products; empty where there is none.
+
+    The operator has been scaled so that its diagonal is the identity.
+    """
+
+    def dot(a: list[Tensor], b: list[Tensor]) -> float:
+        return sum(w * float(torch.sum(x * y, dtype=torch.float32)) for w, x, y in zip(weights, a, b, strict=True))
+
+    size = start = dot(left, left)
+    found = [torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in left]
+    slowest = 0.0
+    direction = [part.clone() for part in left]
+    if start == 0:
+        return found, 0.0
     for _ in range(_INNER):
-        bare = direction * fast
-        product = bare[:, :rank] @ beside
-        if rank < beside.shape[-1]:
-            product[:, :rank] += bare[:, rank:] @ beside[:, rank:].mT
-        image = _skew(product).mul_(fast).add_(direction)
-        curvature = _dot(direction, image)
-        if curvature <= 0:
-            return None, 1.0  # the symmetric part of M is not positive: no rotation by small angles
-        found.add_(direction, alpha=size / curvature)
-        left.sub_(image, alpha=size / curvature)
-        before, size = size, _dot(left, left)
+        images = image(direction)
+        curvature = dot(direction, images)
+        if not curvature > 0:
+            return [], 1.0  # the symmetric part of M is not positive: no rotation by small angles
+        for total, part, rest, one in zip(found, direction, left, images, strict=True):
+            total.add_(part, alpha=size / curvature)
+            rest.sub_(one, alpha=size / curvature)
+        before, size = size, dot(left, left)
         slowest = max(slowest, (size / before) ** 0.5)
         if size <= _GAIN**2 * start:
-            return found.mul_(scales), slowest
-        direction.mul_(size / before).add_(left)
-    return None, slowest
+            return found, slowest
+        for part, rest in zip(direction, left, strict=True):
+            part.mul_(size / before).add_(rest)
+    return [], slowest
 
 
 def _skew(X: Tensor, factor: float = 1.0) -> Tensor:
     """``factor (X - X^T)``, in the memory of ``X``."""
     # Subtracting a transposed view takes five times as long as copying it first.
     return X.sub_(X.mT.contiguous()) if factor == 1 else X.sub_(X.mT.contiguous()).mul_(factor)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.sum(a * b, dtype=torch.float32))
 
 
 def _inner_dtype(like: Tensor) -> torch.dtype:
