@@ -146,16 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"Port {given.port} is taken; using {port}." if given.port else f"Using the free port {port}.")
     host = given.address if given.address not in ("0.0.0.0", "::") else "127.0.0.1"
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    _say(f"Live pages at {url} (Ctrl-C ends)")
-    server.start()
-    if given.open:
-        import webbrowser
-
-        server.io_loop.call_later(0.2, lambda: webbrowser.open(url))
-    # A plain kill ends as Ctrl-C does: the runs under way are stopped, and resumable.
+    # A plain kill ends as Ctrl-C does, from the moment that the address is told: the runs under way are stopped, and
+    # resumable.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
+            _say(f"Live pages at {url} (Ctrl-C ends)")
+            server.start()
+            if given.open:
+                import webbrowser
+
+                server.io_loop.call_later(0.2, lambda: webbrowser.open(url))
             server.io_loop.start()
         stop_all()
     finally:
