@@ -9,11 +9,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from orthokit.errors import OrthokitError
 
 __all__ = ["main", "make_server"]
 
@@ -153,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             _say(f"Live pages at {url} (Ctrl-C ends)")
             server.start()
+            threading.Thread(target=_read_ahead, daemon=True).start()
             if given.open:
                 import webbrowser
 
@@ -163,6 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
     _say("Ended.")
     return 0
+
+
+def _read_ahead() -> None:
+    """Read the recorded runs, which the first visitor of the page Forgetting would wait a second for."""
+    from orthokit_widgets.forgetting_data import recorded
+
+    # What is wrong with them is told on the page.
+    with contextlib.suppress(OrthokitError):
+        recorded()
 
 
 def _say(text: str) -> None:
