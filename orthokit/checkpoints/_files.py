@@ -53,11 +53,14 @@ def write_at(file: int, source: memoryview, offset: int) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place, bring it to the disk and rename it."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -81,7 +84,10 @@ def claim(path: Path) -> IO[bytes] | None:
         # Whoever held it may have removed it since it was opened: then the lock is on nothing.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
             return stream
+    except (BlockingIOError, PermissionError):
+        pass  # held by another process; Windows says so by a denial
     except OSError:
-        pass
+        stream.close()
+        raise  # a file system without locks is no other process
     stream.close()
     return None

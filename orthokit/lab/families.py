@@ -192,7 +192,7 @@ def family_retention(family: str, trunk: Mapping[str, Tensor], *, small: bool = 
     """
     place = _named(family)
     model = next(iter(place.tasks.values())).model(small)
-    model.load_state_dict(dict(trunk), strict=False)
+    model.load_state_dict({**_parted(model)[1], **trunk})
     with torch.no_grad():
         return place.general(model.eval(), small)
 
@@ -318,8 +318,7 @@ def _picture_head(name: str, classes: tuple[int, ...], small: bool) -> dict[str,
 def _garments(model: nn.Module, small: bool) -> float:
     """Accuracy on the five garments that the model knew, by the head that it had."""
     task, old = _pictures("fashion", (0, 1, 2, 3, 4), 0, small), load_small_vit()
-    state = {name: W for name, W in model.state_dict().items() if not name.startswith(_HEAD)}
-    old.load_state_dict(state, strict=False)
+    old.load_state_dict({**_parted(old)[1], **_parted(model)[0]})
     return 1 - task.evaluate(old.eval())["test_error"]
 
 

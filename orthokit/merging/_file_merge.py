@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from orthokit.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from orthokit.errors import OptionError, OrthokitError, ParameterError
+from orthokit.errors import OptionError
 from orthokit.merging._beside import files_beside
 from orthokit.merging._matching import Matched, Rename, matched
 from orthokit.merging._stream import MergeProgress, clock, run_bounded
+from orthokit.merging.recipe import check_same, mergeable
 
 __all__ = ["MergeOne", "MergedFiles", "merge_files", "signature_of"]
 
@@ -124,29 +125,13 @@ class _Work:
         row: dict[str, Any] = {"name": name, "shape": list(start.shape), "method": "copy"}
         if all(own is None for own in owns):
             return start.to(self.types[name]), {**row, "note": "in no expert: copied"}
-        if not _merges(start.dtype) or not all(_merges(one.dtype) for one in given):
-            self._check_same(name, start, given)
+        if not all(mergeable(one.dtype) for one in (start, *given)):
+            check_same(name, start, given, places=[model.path for model in self.experts])
             return start, {**row, "note": "no floating numbers of 2 bytes or more: copied"}
         # Merged in a type that holds both what is read and what is written, so that it is rounded once.
         wide = torch.promote_types(start.dtype, self.types[name])
-        try:
-            result, row = self.merge_one(name, start.to(wide), given)
-        except OrthokitError as error:
-            if repr(name) in str(error):
-                raise
-            raise type(error)(f"{name}: {error}") from error
+        result, row = self.merge_one(name, start.to(wide), given)
         return result.to(self.types[name]), row
-
-    def _check_same(self, name: str, base: Tensor, given: Sequence[Tensor]) -> None:
-        """Raise unless a tensor that cannot be merged is the same everywhere; a lone counter may differ."""
-        for index, expert in enumerate(given):
-            same = expert.dtype == base.dtype and (base.ndim == 0 or torch.equal(_bytes(expert), _bytes(base)))
-            if not same:
-                raise ParameterError(
-                    f"{name!r} is {base.dtype} in the base and {expert.dtype} in expert {index} "
-                    f"({self.experts[index].path}), and they differ; whole numbers and quantised weights have no mean. "
-                    "Dequantise the models first, or leave the tensor out by rename= and missing='base'."
-                )
 
 
 def _run(
@@ -178,11 +163,6 @@ def _run(
     return [rows[name] for name in work.base]
 
 
-def _merges(dtype: torch.dtype) -> bool:
-    """Whether numbers of this type may be averaged: those of one byte are codes that a scale elsewhere belongs to."""
-    return dtype.is_floating_point and dtype.itemsize > 1
-
-
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
@@ -195,13 +175,13 @@ def _types(
     found = {}
     for name in base:
         found[name] = base.dtype(name)
-        if not _merges(found[name]):
+        if not mergeable(found[name]):
             continue
         if asked is not None:
             found[name] = asked
         elif dtype is None:
             for model, own in zip(experts, names.names[name], strict=True):
-                if own is not None and _merges(model.dtype(own)):
+                if own is not None and mergeable(model.dtype(own)):
                     found[name] = torch.promote_types(found[name], model.dtype(own))
     return found
 
@@ -219,7 +199,7 @@ def _named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "base":
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not _merges(found):
+    if not isinstance(found, torch.dtype) or not mergeable(found):
         raise OptionError(
             f"dtype must be 'base', None or a floating type of 2 bytes or more such as 'bfloat16'; got {dtype!r}."
         )

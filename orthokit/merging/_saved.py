@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from orthokit.checkpoints._files import write_whole
 from orthokit.errors import CheckpointError
 
 __all__ = ["digest", "file_name", "read_saved", "write_saved"]
@@ -48,17 +48,9 @@ def write_saved(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, 
     """
     metadata = {"recipe": recipe, "values": json.dumps(values)}
     data = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, metadata=metadata)
-    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as cause:
         raise CheckpointError(f"{path} cannot be written: {cause}. Choose another place with resume=.") from cause
 

@@ -196,6 +196,9 @@ def _iterated(side: Side, cross: Tensor) -> Turn | None:
     beside = beside.to(_inner_dtype(cross))
     shared = cross.clone()
     shared[:, :rank] += side.gram
+    solved = _solver(side, beside)
+    if solved is None:
+        return None
     F = torch.zeros_like(side.sums)
     F[:rank] = cross
     generator, contraction, before = torch.zeros_like(F), 0.0, torch.inf
@@ -203,7 +206,7 @@ def _iterated(side: Side, cross: Tensor) -> Turn | None:
         F = _skew(F, 0.5)
         if outer:
             F.sub_(generator, alpha=2 * side.prior)
-        step, ratio = _solved(side, F, beside)
+        step, ratio = solved(F)
         if step is None:
             return None
         generator += step
@@ -221,38 +224,43 @@ def _iterated(side: Side, cross: Tensor) -> Turn | None:
     return None
 
 
-def _solved(side: Side, F: Tensor, beside: Tensor) -> tuple[Tensor | None, float]:
-    """The skew ``X`` with ``X S + S X = F`` to two digits, and how fast it got there; ``None`` where it does not."""
-    if side.rank < F.shape[-1]:
-        return _solved_wide(side, F, beside)
+def _solver(side: Side, beside: Tensor) -> Callable[[Tensor], tuple[Tensor | None, float]] | None:
+    """Solves ``X S + S X = F`` for a skew ``X`` to two digits, and says how fast; ``None`` where it cannot be done.
+
+    The solution is ``None`` where it is not found, too.
+    """
+    if side.rank < beside.shape[-1]:
+        return _wide_solver(side, beside)
     scales = side.scales
     fast = scales.to(beside.dtype)
 
     def image(parts: list[Tensor]) -> list[Tensor]:
         return [_skew((parts[0] * fast) @ beside).mul_(fast).add_(parts[0])]
 
-    found, slowest = _conjugate_gradients(image, [(F * scales).to(beside.dtype)], [1.0])
-    return (found[0].to(F.dtype).mul_(scales) if found else None), slowest
+    def solved(F: Tensor) -> tuple[Tensor | None, float]:
+        found, slowest = _conjugate_gradients(image, [(F * scales).to(beside.dtype)], [1.0])
+        return (found[0].to(F.dtype).mul_(scales) if found else None), slowest
+
+    return solved
 
 
-def _solved_wide(side: Side, F: Tensor, beside: Tensor) -> tuple[Tensor | None, float]:
+def _wide_solver(side: Side, beside: Tensor) -> Callable[[Tensor], tuple[Tensor | None, float]] | None:
     """The same where the base has directions of no weight: there ``S`` is ``mu I``, and their block is eliminated.
 
     With ``X = [[A, B], [-B^T, C]]`` and ``H`` beside the diagonal, ``C = (F_22 + B^T H - H^T B) / 2 mu``, so that only
     ``A`` and ``B`` are searched for. That leaves fewer numbers, and the square of the contraction.
     """
-    rank, mu, dtype = side.rank, side.prior, beside.dtype
-    H = beside[:, rank:].contiguous()
-    wide = H.to(F.dtype)
-    G = (wide @ wide.mT).div_(2 * mu)
+    rank, mu, dtype, work = side.rank, side.prior, beside.dtype, side.base.dtype
+    H, inner = beside[:, rank:].contiguous(), beside[:, :rank].contiguous()
+    wide = H.to(work)
+    G = (wide @ wide.mT).div_(2 * mu) if mu else torch.full_like(side.gram, torch.inf)
     diagonal = side.sums[:rank, rank] - G.diagonal()  # S_jj + mu, less what C takes of it
-    if mu == 0 or bool((diagonal <= 0).any()):
-        return None, 1.0
+    if not bool((diagonal > 0).all()):
+        return None
     scale_a, scale_b = side.sums[:rank, :rank].rsqrt(), diagonal.rsqrt()[:, None]
     fast_a, fast_b = scale_a.to(dtype), scale_b.to(dtype)
-    inner = beside[:, :rank].contiguous()
     G.diagonal().zero_()
-    coupled = (beside[:, :rank].to(F.dtype) - G).to(dtype)
+    coupled = (inner.to(work) - G).to(dtype)
 
     def image(parts: list[Tensor]) -> list[Tensor]:
         A, B = parts[0] * fast_a, parts[1] * fast_b
@@ -262,19 +270,21 @@ def _solved_wide(side: Side, F: Tensor, beside: Tensor) -> tuple[Tensor | None, 
         across = torch.addmm(across, coupled, B)
         return [_skew(top).mul_(fast_a).add_(parts[0]), across.mul_(fast_b).add_(parts[1])]
 
-    F22 = F[rank:, rank:]
-    start_b = (F[:rank, rank:] - wide @ F22 / (2 * mu)).mul_(scale_b)
-    left = [(F[:rank, :rank] * scale_a).to(dtype), start_b.to(dtype)]
-    # B stands in X twice.
-    found, slowest = _conjugate_gradients(image, left, [1.0, 2.0])
-    if not found:
-        return None, slowest
-    A, B = found[0].to(F.dtype).mul_(scale_a), found[1].to(F.dtype).mul_(scale_b)
-    X = torch.empty_like(F)
-    X[:rank, :rank], X[:rank, rank:], X[rank:, :rank] = A, B, -B.mT.contiguous()
-    C = _skew((B.to(dtype).mT @ H).to(F.dtype)).add_(F22).div_(2 * mu)
-    X[rank:, rank:] = C
-    return X, slowest
+    def solved(F: Tensor) -> tuple[Tensor | None, float]:
+        F22 = F[rank:, rank:]
+        across = (F[:rank, rank:] - wide @ F22 / (2 * mu)).mul_(scale_b)
+        left = [(F[:rank, :rank] * scale_a).to(dtype), across.to(dtype)]
+        # B stands in X twice.
+        found, slowest = _conjugate_gradients(image, left, [1.0, 2.0])
+        if not found:
+            return None, slowest
+        A, B = found[0].to(work).mul_(scale_a), found[1].to(work).mul_(scale_b)
+        X = torch.empty_like(F)
+        X[:rank, :rank], X[:rank, rank:], X[rank:, :rank] = A, B, -B.mT.contiguous()
+        X[rank:, rank:] = _skew((B.to(dtype).mT @ H).to(work)).add_(F22).div_(2 * mu)
+        return X, slowest
+
+    return solved
 
 
 def _conjugate_gradients(

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from orthokit.errors import NothingMatchedWarning, OptionError, ParameterError, ShapeError
@@ -94,11 +95,14 @@ def merge(
     merged, rows, done = Merged(), [], {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if tensor.numel() and place in done:
-            merged[name] = merged[done[place]]
-            rows.append({**rows[list(merged).index(done[place])], "name": name, "note": f"tied to {done[place]!r}"})
+        first = done.setdefault(place, name)
+        # Tied in the base alone they are two tensors, one of which would be lost.
+        if first != name and tensor.numel() and all(torch.equal(other[name], other[first]) for other in others):
+            merged[name] = merged[first]
+            rows.append(
+                {**next(row for row in rows if row["name"] == first), "name": name, "note": f"tied to {first!r}"}
+            )
             continue
-        done[place] = name
         known = [one[name] for one in statistics or () if name in one]
         merged[name], row = merge_tensor(
             recipe,

@@ -20,7 +20,7 @@ from orthokit.merging._file_merge import MergeOne, merge_files, signature_of
 from orthokit.merging._matching import Rename
 from orthokit.merging._stream import MergeProgress
 from orthokit.merging.recipe import Recipe, merge_tensor, plan
-from orthokit.merging.report import MergeReport, as_json
+from orthokit.merging.report import MergeReport
 
 __all__ = ["FilesReport", "MergeProgress", "merge_by_recipes", "merge_checkpoints"]
 
@@ -46,12 +46,11 @@ class FilesReport(MergeReport):
     resumed: int = 0
     bytes: int = 0
 
-    def to_json(self, path: PathLike | None = None) -> str:
-        """The report as JSON, also written to ``path``, beside its place and renamed."""
-        told = json.loads(super().to_json())
-        told |= {"folder": str(self.folder), "left_out": {str(i): list(names) for i, names in self.left_out.items()}}
-        told |= {"copied": list(self.copied), "resumed": self.resumed, "bytes": self.bytes}
-        return as_json(told, path)
+    def told(self) -> dict[str, Any]:
+        """The report as plain mappings and lists."""
+        left_out = {str(index): list(names) for index, names in self.left_out.items()}
+        more = {"folder": str(self.folder), "left_out": left_out, "copied": list(self.copied)}
+        return {**super().told(), **more, "resumed": self.resumed, "bytes": self.bytes}
 
     def __str__(self) -> str:
         """How many tensors, by what, and what was not merged."""

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthokit.errors import OptionError, ParameterError, unknown_name
+from orthokit.errors import OptionError, OrthokitError, ParameterError, unknown_name
 from orthokit.matrices import MatrixBlock, matrices
 from orthokit.merging._registry import MergeMethod, method_named
 from orthokit.merging.decoupling import orthomerge_parts
 from orthokit.merging.report import measured
 
-__all__ = ["Recipe", "merge_tensor", "plan"]
+__all__ = ["Recipe", "check_same", "merge_tensor", "mergeable", "plan"]
 
 REPORTS = ("brief", "full")
 # Options of merge() itself that a pattern may set for the tensors it fits.
@@ -126,8 +126,9 @@ def merge_tensor(
     """
     spec, options = recipe.for_tensor(name)
     row: dict[str, Any] = {"name": name, "shape": list(base.shape), "method": spec.name, "note": ""}
-    if not base.is_floating_point():
-        return _counted(name, base, experts), {**row, "method": "copy", "note": "no floating numbers: copied"}
+    if not all(mergeable(tensor.dtype) for tensor in (base, *experts)):
+        check_same(name, base, experts)
+        return base.clone(), {**row, "method": "copy", "note": "no floating numbers of 2 bytes or more: copied"}
     spec, options, row["note"] = _fitting(spec, options, name, block, statistics)
     row["method"] = spec.name
     seen = (lambda tensor: block.read(tensor)) if block is not None else (lambda tensor: tensor)
@@ -145,9 +146,8 @@ def merge_tensor(
             row |= _numbers(parts)
         else:
             value = spec.function(W0, Ws, **options)
-    except Exception as error:
-        error.add_note(f"(while merging {name!r})")
-        raise
+    except OrthokitError as error:
+        raise type(error)(f"{name!r}: {error}") from error
     if recipe.report == "full":
         row |= measured(W0, Ws, value, rotated=rotated)
     if block is not None and value.shape != base.shape:
@@ -175,15 +175,26 @@ def _fitting(
     return method_named("linear"), {key: options[key] for key in ("weights",) if key in options}, why
 
 
-def _counted(name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+def mergeable(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type have a mean: those of one byte are codes that a scale elsewhere belongs to."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def check_same(name: str, base: Tensor, experts: Sequence[Tensor], *, places: Sequence[object] = ()) -> None:
+    """Raise unless a tensor that cannot be merged is the same everywhere; a lone counter, as of batches, may differ."""
     for index, expert in enumerate(experts):
-        # A counter of batches may differ; a table of codes or positions that differs cannot be merged.
-        if base.ndim > 0 and not torch.equal(expert.to(base.device), base):
+        same = expert.dtype == base.dtype and (base.ndim == 0 or torch.equal(_bytes(expert), _bytes(base)))
+        if not same:
+            where = f" ({places[index]})" if places else ""
             raise ParameterError(
-                f"{name!r} holds {base.dtype} and differs between the base and expert {index}; numbers that are not "
-                "floating cannot be merged. Dequantise the models first, or leave this tensor out."
+                f"{name!r} is {base.dtype} in the base and {expert.dtype} in expert {index}{where}, and they differ; "
+                "whole numbers and quantised weights have no mean. Dequantise the models first, or leave the tensor "
+                "out of them."
             )
-    return base.clone()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def _numbers(parts: Any) -> dict[str, Any]:

@@ -48,8 +48,11 @@ class MergeReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON, also written to ``path``, beside its place and renamed."""
-        told = {"method": self.method, "options": self.options, "seconds": self.seconds, "rows": list(self.rows)}
-        return as_json(told, path)
+        return as_json(self.told(), path)
+
+    def told(self) -> dict[str, Any]:
+        """The report as plain mappings and lists."""
+        return {"method": self.method, "options": self.options, "seconds": self.seconds, "rows": list(self.rows)}
 
     def __str__(self) -> str:
         """A line: how many tensors, by what, how far they moved."""

@@ -20,6 +20,7 @@ from orthokit.lab.families import (
 )
 from orthokit.merging import merge, methods, tune
 from orthokit.merging.decoupling import TARGETS
+from orthokit.merging.tuning import SPACES
 from orthokit.studies._engine import Study
 from orthokit.studies.optimizer_race import _one_thread
 
@@ -44,8 +45,6 @@ def contestants(experts: int) -> dict[str, tuple[str, dict[str, Any], dict[str, 
         >>> list(contestants(3))[:2], contestants(3)["orthomerge global ties"][:2]
         (['linear', 'task_arithmetic'], ('orthomerge', {'target': 'global', 'residual': 'ties'}))
     """
-    from orthokit.merging.tuning import SPACES
-
     found: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
     for name, spec in methods().items():
         least, most = spec.experts
@@ -109,8 +108,10 @@ def _merged(
         return expert_scores(unit["family"], merged, experts, part="validation", small=unit["small"])
 
     tuned = tune(method, scores, budget=unit["budget"], space=space, seed=unit["seed"])
-    rows = []
+    rows: list[Row] = []
     for kind, options in (("default", {}), ("tuned", tuned.options)):
+        if rows and not options:  # the defaults were the best
+            return rows + [{**row, "kind": kind} for row in rows]
         begun = time.process_time()
         merged = merge(base, trunks, **common, **options)
         seconds = time.process_time() - begun
