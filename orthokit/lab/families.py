@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orthokit.errors import OptionError, unknown_name
 from orthokit.lab.arena import GROUNDS
 from orthokit.lab.arena.ground import fitted_head
+from orthokit.lab.arena.texts import ground_texts
 from orthokit.lab.fisher import fisher_diagonal
 from orthokit.lab.glosses import glosses
 from orthokit.lab.image_tasks import SomeClasses, some_classes
@@ -28,6 +29,7 @@ __all__ = [
     "Expert",
     "Family",
     "FamilyTask",
+    "expert_model",
     "expert_scores",
     "expert_statistics",
     "family_base",
@@ -37,6 +39,8 @@ __all__ = [
 
 PARTS = ("validation", "test")
 _HEAD = "head."
+# Examples of a task that options are chosen by; all others of its half are not looked at.
+_CHOSEN_BY = 384
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,23 @@ def train_expert(family: str, task: str, *, seed: int, steps: int | None = None,
     return Expert(trunk, own, moments, sum(last) / len(last))
 
 
+def expert_model(
+    family: str, task: str, expert: Expert, *, trunk: Mapping[str, Tensor] | None = None, small: bool = False
+) -> nn.Module:
+    """An expert as a module, in evaluation mode.
+
+    Args:
+        family: A name in :data:`FAMILIES`.
+        task: One of its tasks, which says what the head is for.
+        expert: Whose head it is.
+        trunk: Default the expert's own.
+        small: As in training.
+    """
+    model = _task(family, task).model(small)
+    model.load_state_dict({**(expert.trunk if trunk is None else trunk), **expert.head})
+    return model.eval()
+
+
 def expert_scores(
     family: str,
     trunk: Mapping[str, Tensor],
@@ -162,7 +183,7 @@ def expert_scores(
         family: A name in :data:`FAMILIES`.
         trunk: For example merged.
         experts: Task to expert, whose head is used.
-        part: ``"test"`` (default) or ``"validation"``, two halves of the held-out examples.
+        part: ``"test"`` (default) or ``"validation"``, two halves of the held-out examples; of the second, at most 384.
         small: As in training.
 
     Returns:
@@ -176,7 +197,7 @@ def expert_scores(
     found = {}
     for name, expert in experts.items():
         place = _task(family, name)
-        model = _assembled(place, trunk, expert, small)
+        model = expert_model(family, name, expert, trunk=trunk, small=small)
         figures = _half(place.task(0, small), PARTS.index(part)).evaluate(model)
         found[name] = 1 - figures["test_error"] if "test_error" in figures else -figures["validation_bits_per_byte"]
     return found
@@ -217,7 +238,7 @@ def expert_statistics(
     grams, fishers = [], []
     for name, expert in experts.items():
         place = _task(family, name)
-        model, task = _assembled(place, expert.trunk, expert, small), place.task(0, small)
+        model, task = expert_model(family, name, expert, small=small), place.task(0, small)
         layers = {at: one for at, one in model.named_modules() if isinstance(one, nn.Linear)}
         seen = layer_inputs(model, task, layers, samples=samples)
         rows = {at: X[:, : layers[at].in_features].double() for at, X in seen.items()}
@@ -249,18 +270,14 @@ def _parted(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return state, head
 
 
-def _assembled(place: FamilyTask, trunk: Mapping[str, Tensor], expert: Expert, small: bool) -> nn.Module:
-    model = place.model(small)
-    model.load_state_dict({**trunk, **expert.head})
-    return model.eval()
-
-
 def _half(task: Task, which: int) -> Task:
-    """The task with every second of its held-out examples."""
+    """The task with every second of its held-out examples; those to choose by evenly spaced, and not too many."""
     half = copy.copy(task)
     for name in ("test_images", "test_ids", "test_labels", "validation_starts"):
         if hasattr(half, name):
-            setattr(half, name, getattr(half, name)[which::2])
+            kept = getattr(half, name)[which::2]
+            every = -(-len(kept) // _CHOSEN_BY) if which == PARTS.index("validation") else 1
+            setattr(half, name, kept[::every])
     return half
 
 
@@ -326,9 +343,13 @@ def _picture_task(name: str, *classes: int) -> FamilyTask:
     return FamilyTask(partial(_vit, name, classes), partial(_pictures, name, classes), lr=2e-3, steps=60)
 
 
-def _text_task(part: str, *, steps: int) -> FamilyTask:
-    ground = GROUNDS[part]
-    return FamilyTask(ground.model, ground.task, lr=5e-5, steps=steps)
+def _texts(part: str, seed: int, small: bool) -> Task:
+    # More than the ground has, since differences between merged models are small.
+    return ground_texts(part, seed, small, test=None if small else 1024 if part == "era" else 1536)
+
+
+def _text_task(part: str) -> FamilyTask:
+    return FamilyTask(GROUNDS[part].model, partial(_texts, part), lr=1e-4, steps=160)
 
 
 def _similar(model: nn.Module, small: bool) -> float:
@@ -355,11 +376,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "texts": Family(
         label="MiniLM, to classes of nouns, of verbs, and to eras",
-        tasks={
-            "noun": _text_task("noun", steps=24),
-            "verb": _text_task("verb", steps=24),
-            "era": _text_task("era", steps=24),
-        },
+        tasks={part: _text_task(part) for part in ("noun", "verb", "era")},
         score="accuracy",
         retained="correlation of sentence similarities with those before",
         general=_similar,

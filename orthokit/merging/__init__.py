@@ -20,6 +20,7 @@ from orthokit.merging.dual_anchors import FDAReport, fda, merge_with_anchors
 from orthokit.merging.files import FilesReport, MergeProgress, merge_checkpoints
 from orthokit.merging.landscape import *  # noqa: F403
 from orthokit.merging.landscape import __all__ as _landscape
+from orthokit.merging.line import MergeLine, merge_line
 from orthokit.merging.mergekit import MergekitRecipe, read_mergekit
 from orthokit.merging.recipe import Recipe
 from orthokit.merging.report import MergeReport
@@ -35,6 +36,7 @@ __all__ = [
     "ADAPTER_METHODS",
     "FDAReport",
     "FilesReport",
+    "MergeLine",
     "MergeMethod",
     "MergeProgress",
     "MergeReport",
@@ -49,6 +51,7 @@ __all__ = [
     "merge_adapters",
     "merge_checkpoints",
     "merge_generators",
+    "merge_line",
     "merge_rotations",
     "merge_with_anchors",
     "methods",

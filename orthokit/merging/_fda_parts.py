@@ -21,6 +21,7 @@ __all__ = [
     "Ticker",
     "adapted_block",
     "block_rows",
+    "check_anchors",
     "constructed",
     "matched",
     "options_of",
@@ -59,6 +60,20 @@ def options_of(name: str, given: Mapping[str, Any] | None, known: Sequence[str])
         if key not in known:
             raise unknown_name(f"{name} option", key, known)
     return dict(given or {})
+
+
+def check_anchors(
+    anchors: Mapping[str, Sequence[Anchors | None]], names: Sequence[str], experts: int, searched: Mapping[str, Any]
+) -> None:
+    """Raise unless there are anchors of every block and expert, and nothing is asked of their construction."""
+    if searched:
+        raise OptionError(f"anchors are given, so none are constructed; leave out construct={dict(searched)!r}.")
+    for name in names:
+        if len(anchors.get(name, ())) != experts:
+            raise OptionError(
+                f"anchors must hold one entry for each of {experts} experts of block {name!r}; got "
+                f"{len(anchors.get(name, ()))}. Take them from the report of a merge of the same models and blocks."
+            )
 
 
 def outside_rule(outside: str | None, start: str | Mapping[str, Tensor]) -> str:

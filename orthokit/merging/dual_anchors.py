@@ -19,6 +19,7 @@ from orthokit.merging._fda_parts import (
     Ticker,
     adapted_block,
     block_rows,
+    check_anchors,
     constructed,
     matched,
     options_of,
@@ -180,6 +181,7 @@ def merge_with_anchors(
     scale: float = 0.3,
     outside: Literal["mean", "task_arithmetic", "base", "start"] | None = None,
     untouched: Sequence[str] = (),
+    anchors: Mapping[str, Sequence[Anchors | None]] | None = None,
     construct: Mapping[str, Any] | None = None,
     adapt: Mapping[str, Any] | None = None,
     call: Call | None = None,
@@ -205,6 +207,8 @@ def merge_with_anchors(
             ``"base"``, or ``"start"``, the mapping's. Default: the mapping's where there is one, else what ``start``
             says (``"mean"`` for ``"pretrained"``). Buffers and integers stay the base's.
         untouched: Patterns of tensors outside blocks that stay the base's and may differ in shape: ``"head.*"``.
+        anchors: Block to the anchors of each expert, where a merge of the same models has constructed them before
+            (``.anchors`` of its report); default: construct them. ``construct`` must not be given then.
         construct: Options of :func:`construct_anchors`: count, width, init, sigma, distance, per_tensor, steps, lr,
             keep.
         adapt: Options of :func:`adapt_block`: distance, lr, epochs, batch, keep.
@@ -220,7 +224,7 @@ def merge_with_anchors(
         The state dict of the merged model, in the dtypes of ``base``, and an :class:`FDAReport`.
 
     Raises:
-        OptionError: Options out of range, no expert, or parameters shared between blocks.
+        OptionError: Options out of range, no expert, parameters shared between blocks, or anchors of other blocks.
         UnknownNameError: A pattern that matches nothing, or an unknown option.
         ShapeError: Models built differently.
         NonFiniteError: A NaN or an infinity in a model, or in the search.
@@ -248,14 +252,19 @@ def merge_with_anchors(
         raise OptionError("experts is empty; pass at least one model.")
     names = find_blocks(base, blocks)
     pairs = matched(base, experts, names)
+    if anchors is not None:
+        check_anchors(anchors, names, len(experts), searched)
     state = rest(base, experts, names, rule, weights, scale, start, untouched)
     folder = None if resume is None else Path(resume)
-    ticker = Ticker(progress, len(names) * (len(experts) * (steps + 1) + epochs))
-    rows, left_out, anchors, made = [], {}, {}, {}
+    ticker = Ticker(progress, len(names) * ((len(experts) * (steps + 1) if anchors is None else 0) + epochs))
+    rows, left_out, used, made = [], {}, {}, {}
     for place, name in enumerate(names):
         block0, others = pairs[name]
         found = []
         for index, other in enumerate(others):
+            if anchors is not None:
+                found.append(anchors[name][index])
+                continue
             path = None if folder is None else folder / f"{file_name(name)}.expert{index}.safetensors"
             own = {"tokens": tokens, "seed": seed + _FAR * place + index, "call": call, "resume": path}
             found.append(constructed(block0, other, steps, searched | own, ticker))
@@ -263,14 +272,14 @@ def merge_with_anchors(
         options = {**tuned, "start": begun, "weights": weights, "scale": scale, "seed": seed + _FAR * place}
         path = None if folder is None else folder / f"{file_name(name)}.merged.safetensors"
         made[name] = adapted_block(block0, others, found, options, epochs, call, path, ticker)
-        anchors[name] = tuple(found)
+        used[name] = tuple(found)
         left_out[name] = {key: why for one in found if one is not None for key, why in one.left_out.items()}
         rows += block_rows(name, block0, found, made[name])
     trajectory = {
         epoch: put(state, {name: one.kept.get(epoch, one.parameters) for name, one in made.items()})
         for epoch in sorted({epoch for one in made.values() for epoch in one.kept})
     }
-    report = FDAReport(rows, left_out, rule, anchors, trajectory)
+    report = FDAReport(rows, left_out, rule, used, trajectory)
     return put(state, {name: one.parameters for name, one in made.items()}), report
 
 

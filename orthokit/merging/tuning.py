@@ -62,7 +62,7 @@ class Tuned:
 
 
 def tune(
-    method: str,
+    method: str | None,
     scores: Callable[[Mapping[str, Any]], float | Mapping[str, float]],
     *,
     budget: int = 20,
@@ -76,7 +76,7 @@ def tune(
     before are not scored again, but count: every method gets the same number of choices.
 
     Args:
-        method: Name of a method.
+        method: Name of a method; or ``None`` for anything else that ``scores`` does with the options of ``space``.
         scores: Takes the options of one trial and returns its score, higher is better; of a mapping (task to score)
             the mean counts. Usually it merges with them and evaluates on validation data.
         budget: Number of trials, ``>= 1``; default 20.
@@ -90,7 +90,7 @@ def tune(
 
     Raises:
         UnknownNameError: Unknown method, sampler, or option in ``space``.
-        OptionError: ``budget`` below 1, or a space that is none.
+        OptionError: ``budget`` below 1, a space that is none, or neither method nor space.
         NonFiniteError: A score that is no finite number, with the options it belongs to.
         MissingExtraError: The package optuna is not installed.
 
@@ -106,9 +106,13 @@ def tune(
         T. Akiba et al. (2019), Optuna, arXiv 1907.10902; J. Bergstra et al. (2011), Algorithms for hyper-parameter
         optimization, for the tree-structured Parzen estimator.
     """
-    spec = method_named(method)
-    space = dict(SPACES[method] if space is None else space)
-    known = {"scale", *spec.options}
+    if method is not None:
+        known = {"scale", *method_named(method).options}
+        space = dict(SPACES[method] if space is None else space)
+    elif space is not None:
+        known = set(space)
+    else:
+        raise OptionError("method=None has no options of its own; say what to vary with space.")
     for name, values in space.items():
         if name not in known:
             raise unknown_name(f"option of {method}", name, sorted(known))

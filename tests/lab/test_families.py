@@ -52,6 +52,14 @@ def test_validation_and_test_halves_do_not_overlap() -> None:
     assert len(_half(words, 0).validation_starts) == len(words.validation_starts) // 2
 
 
+def test_no_more_than_a_part_of_many_examples_is_chosen_by(monkeypatch) -> None:
+    monkeypatch.setattr("orthokit.lab.families._CHOSEN_BY", 5)
+    task = FAMILIES["pictures"].tasks["footwear"].task(0, True)
+    first, second = _half(task, 0), _half(task, 1)
+    assert len(first.test_labels) <= 5 and torch.equal(first.test_images[1], task.test_images[8])
+    assert len(second.test_labels) == len(task.test_labels) // 2
+
+
 def test_unknown_names_and_sizes_are_refused() -> None:
     expert = train_expert("pictures", "footwear", seed=0, steps=1, small=True)
     with pytest.raises(UnknownNameError, match="family"):

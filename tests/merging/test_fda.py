@@ -481,3 +481,20 @@ def test_a_plane_shows_a_quadratic_loss_as_it_is():
         loss_plane(model, {"a": a, "b": b}, loss)
     with pytest.raises(UnknownNameError):
         loss_plane(model, {k: {"bias": torch.ones(1)} for k in "abc"}, loss)
+
+
+def test_anchors_of_an_earlier_merge_are_used_again_and_no_others_are_taken():
+    base = vit()
+    experts = [drifted(base, seed=s) for s in (1, 2)]
+    sizes = {"blocks": "blocks.*", "tokens": 3, "adapt": {"epochs": 3, "lr": 1e-2}}
+    first, report = merge_with_anchors(base, experts, **sizes, construct={"steps": 3, "count": 4})
+    seen = []
+    again, other = merge_with_anchors(
+        base, experts, **sizes, anchors=report.anchors, progress=lambda done, values: seen.append((done, values["of"]))
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first) and other.rows == report.rows
+    assert {of for _, of in seen} == {2 * 3} and len(seen) == 2 * 3  # epochs of blocks alone
+    with pytest.raises(OptionError, match="construct"):
+        merge_with_anchors(base, experts, **sizes, anchors=report.anchors, construct={"steps": 3})
+    with pytest.raises(OptionError, match=r"blocks\.1"):
+        merge_with_anchors(base, experts, **sizes, anchors={"blocks.0": report.anchors["blocks.0"]})

@@ -60,3 +60,10 @@ def test_bad_input_is_refused(monkeypatch, unchecked) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="optuna"):
         tune("ties", lambda options: 0.0)
+
+
+def test_anything_can_be_tuned_over_a_space_of_its_own() -> None:
+    found = tune(None, lambda o: -abs(math.log10(o.get("lr", 1.0)) + 2), budget=20, space={"lr": (1e-4, 1.0, "log")})
+    assert found.score > -0.5 and found.trials[0] == {"score": -2.0}
+    with pytest.raises(OptionError, match="space"):
+        tune(None, lambda o: 0.0)

@@ -14,13 +14,14 @@ from orthokit.lab.encoder import SentenceClassifier, SentenceEncoder
 from orthokit.lab.pretrained import load_pretrained
 from orthokit.lab.text_tasks import TextClassification, text_classification
 
-__all__ = ["TEXTS"]
+__all__ = ["TEXTS", "ground_texts"]
 
 # Texts that a head is fitted to, and sentences whose similarities are compared, of each of two tasks.
 _PROBED, _COMPARED = 2000, 100
 
 
-def _texts(part: str, seed: int, small: bool, *, test: int | None = None) -> TextClassification:
+def ground_texts(part: str, seed: int, small: bool, *, test: int | None = None) -> TextClassification:
+    """The texts of a ground, in its batches; ``test``: so many to be judged on."""
     sizes: dict[str, int] = (
         {"batch": 4, "train": 64, "test": 16} if small else {"batch": 16, "train": 8000, "test": 768}
     )
@@ -42,14 +43,14 @@ def _held_out(part: str, model: nn.Module, small: bool) -> dict[str, float]:
     head = _probe(part, small)
     twin = SentenceClassifier(cast("SentenceEncoder", model.encoder), len(head["bias"]))
     twin.head.load_state_dict(head)
-    return {"general": _texts(part, 0, small, test=16 if small else 512).evaluate(twin.eval())["test_loss"]}
+    return {"general": ground_texts(part, 0, small, test=16 if small else 512).evaluate(twin.eval())["test_loss"]}
 
 
 def _similarities(encoder: nn.Module, small: bool) -> Tensor:
     """Cosines of all pairs of held-out sentences."""
     each = 4 if small else _COMPARED
     with torch.no_grad():
-        ids = [_texts(part, 0, small, test=each).test_ids for part in ("noun", "verb")]
+        ids = [ground_texts(part, 0, small, test=each).test_ids for part in ("noun", "verb")]
         vectors = torch.cat([encoder(some) for one in ids for some in one.split(50)])
     unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
     return (unit @ unit.mT)[*torch.triu_indices(len(unit), len(unit), 1)]
@@ -76,13 +77,13 @@ def _bare() -> SentenceClassifier:
 
 def _text_ground(part: str, other: str, label: str, what: str, *, steps: int = 40) -> Ground:
     def inputs(which: str, small: bool) -> list[Tensor]:
-        task = _texts(other if which == "general" else part, 0, small)
+        task = ground_texts(other if which == "general" else part, 0, small)
         return list(task.test_ids.split(64))
 
     return Ground(
         label=label,
         model=lambda small: _classifier(part, small),
-        task=lambda seed, small: _texts(part, seed, small),
+        task=lambda seed, small: ground_texts(part, seed, small),
         general=lambda model, small: _held_out(other, model, small),
         targets=("encoder.encoder.layer.*",),
         few=("encoder.encoder.layer.5.attention.self.*",),
@@ -115,7 +116,7 @@ TEXTS: dict[str, Ground] = {
 @lru_cache(maxsize=8)
 def _probe(part: str, small: bool) -> dict[str, Tensor]:
     """Weight and bias of a logistic regression on the vectors of the frozen encoder."""
-    task = _texts(part, 0, small)
+    task = ground_texts(part, 0, small)
     every = max(1, len(task.train_ids) // _PROBED)
     with torch.no_grad():
         vectors = torch.cat([_encoder()(ids) for ids in task.train_ids[::every].split(64)])
