@@ -85,20 +85,22 @@ class Side:
         r"""``W0 R - W0`` in the basis, from ``W0 (R - I) = 2 W0 Q (I - Q)^{-1}``: no cancellation for small angles."""
         step = (2 * self.seen) @ generator[: self.rank]
         total, before = step.clone(), float(torch.linalg.vector_norm(step))
-        limit = _TOLERANCE[step.dtype] * before
-        power, ratio = step, 0.5
+        tolerance, dtype = _TOLERANCE[step.dtype], _inner_dtype(step)
+        limit, rough = tolerance * before, generator.to(dtype)
+        power = step
         for _ in range(_OUTER):
-            # A term that is small beside the sum may be as coarse as it is small.
-            rough = ratio * torch.finfo(_inner_dtype(step)).eps < _TOLERANCE[step.dtype]
-            dtype = _inner_dtype(step) if rough else step.dtype
-            power = (power.to(dtype) @ generator.to(dtype)).to(step.dtype)
+            following = (power.to(dtype) @ rough).to(step.dtype)
+            # A term may be as coarse as it is small beside the sum.
+            if float(torch.linalg.vector_norm(following)) * 0.5 * torch.finfo(dtype).eps > limit:
+                following = power @ generator
+            power = following
             size = float(torch.linalg.vector_norm(power))
             total += power
             if size <= limit:
                 return total
             if size > 0.3 * before:
                 break  # a solve is cheaper than so many powers
-            ratio, before = size / float(torch.linalg.vector_norm(total)), size
+            before = size
         eye = torch.eye(generator.shape[-1], dtype=generator.dtype, device=generator.device)
         return torch.linalg.solve(eye - generator, step, left=False)
 
@@ -186,42 +188,68 @@ def _decomposed(side: Side, cross: Tensor, name: str) -> Turn:
 
 def _iterated(side: Side, cross: Tensor) -> Turn | None:
     """The generator by inexact Newton steps; ``None`` where they do not shrink."""
-    rank, tolerance = side.rank, _TOLERANCE[cross.dtype]
-    # The symmetric part of M off its diagonal; the part that follows by symmetry is not stored.
-    beside = cross.clone()
-    beside[:, :rank] += cross[:, :rank].mT.contiguous()
-    beside *= 0.5
-    beside[:, :rank] += side.gram
-    beside[:, :rank].diagonal().sub_(side.gram.diagonal())
-    beside = beside.to(_inner_dtype(cross))
-    shared = cross.clone()
-    shared[:, :rank] += side.gram
-    solved = _solver(side, beside)
+    rank, tolerance, dtype = side.rank, _TOLERANCE[cross.dtype], _inner_dtype(cross)
+    # M is diagonal but for the first rows, which hold the change and what the basis left beside the diagonal.
+    change = cross.clone()
+    change[:, :rank] += side.gram
+    change[:, :rank].diagonal().sub_(side.gram.diagonal())
+    # Its symmetric part; what follows by symmetry is not stored.
+    beside = change.clone()
+    beside[:, :rank] += change[:, :rank].mT.contiguous()
+    solved = _solver(side, beside.mul_(0.5).to(dtype))
     if solved is None:
         return None
-    F = torch.zeros_like(side.sums)
-    F[:rank] = cross
-    generator, contraction, before = torch.zeros_like(F), 0.0, torch.inf
+    rough, start = change.to(dtype), torch.zeros_like(side.sums)
+    start[:rank] = change
+    start = _skew(start, 0.5)
+    generator, contraction, before, expected, error = torch.zeros_like(start), 0.0, torch.inf, 1.0, 0.0
     for outer in range(_OUTER):
-        F = _skew(F, 0.5)
+        F = start
         if outer:
-            F.sub_(generator, alpha=2 * side.prior)
+            F, error = _residual(side, start, (change, rough), generator, max(tolerance, 0.3 * expected))
         step, ratio = solved(F)
         if step is None:
             return None
         generator += step
         contraction = max(contraction, ratio)
         first, whole = (float(torch.linalg.vector_norm(one)) for one in (step, generator))
+        if first == 0:
+            return Turn(generator, "iteration", contraction)
         # What is left after a step: it times what it gained on the one before, or what a slow inner loop leaves.
-        left = first * max(_GAIN, contraction**2, first / before)
+        expected = first / whole * max(_GAIN, contraction**2, first / before)
         before = first
-        if first == 0 or left <= tolerance * whole:
+        if max(expected, error) <= tolerance:
             # Vectorised and remaining entries round differently, which leaves it skew to rounding only.
             return Turn(_skew(generator, 0.5), "iteration", contraction)
-        rest = torch.addmm(shared, shared, generator, alpha=-1)
-        F = torch.mm(generator[:, :rank], rest, out=F).neg_()
-        F[:rank] += rest
     return None
+
+
+def _residual(
+    side: Side, start: Tensor, changes: tuple[Tensor, Tensor], generator: Tensor, enough: float
+) -> tuple[Tensor, float]:
+    """``F`` at a generator, from ``F`` at 0, and about how wrong its products are.
+
+    They are small beside the rest of ``F``; where a relative error of ``enough`` allows it they are done in the dtype
+    of the second of ``changes``.
+    """
+    rank, (change, rough) = side.rank, changes
+    Q = generator.to(rough.dtype)
+    first = (rough @ Q).to(change.dtype)
+    # Factors and results are rounded, each by a quarter of eps in the root mean square.
+    share = float(torch.linalg.vector_norm(first) / torch.linalg.vector_norm(change))
+    error = 0.5 * torch.finfo(rough.dtype).eps * share
+    if error > enough:
+        Q, error = generator, 0.0
+        first = change @ Q
+    across = change - first
+    moved = torch.empty_like(start)
+    moved[:, :rank] = Q[:, :rank] @ across[:, :rank].to(Q.dtype)
+    moved[:rank, rank:] = Q[:rank, :rank] @ across[:, rank:].to(Q.dtype)
+    # Where the base has no weight the prior alone stands against it, and would magnify an error here.
+    moved[rank:, rank:] = generator[rank:, :rank] @ across[:, rank:]
+    moved[:rank] += first
+    # Of the diagonal part of M, Q S + S Q is skew already and Q S Q is symmetric: no product is needed.
+    return torch.addcmul(start, generator, side.sums, value=-1).sub_(_skew(moved, 0.5)), error
 
 
 def _solver(side: Side, beside: Tensor) -> Callable[[Tensor], tuple[Tensor | None, float]] | None:
@@ -272,7 +300,7 @@ def _wide_solver(side: Side, beside: Tensor) -> Callable[[Tensor], tuple[Tensor 
 
     def solved(F: Tensor) -> tuple[Tensor | None, float]:
         F22 = F[rank:, rank:]
-        across = (F[:rank, rank:] - wide @ F22 / (2 * mu)).mul_(scale_b)
+        across = torch.sub(F[:rank, rank:], (H @ F22.to(dtype)).to(work), alpha=1 / (2 * mu)).mul_(scale_b)
         left = [(F[:rank, :rank] * scale_a).to(dtype), across.to(dtype)]
         # B stands in X twice.
         found, slowest = _conjugate_gradients(image, left, [1.0, 2.0])

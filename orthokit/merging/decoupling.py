@@ -40,7 +40,7 @@ class OrthoMerged(NamedTuple):
 
     Args:
         merged: The result, shape and dtype of the base.
-        rotated: The base under the merged rotation alone, before the residual is added.
+        rotated: The base under the merged rotation alone, before the residual is added; empty if not asked for.
         rotation_fractions: Per expert ``||W0 R_i - W0||^2 / ||W_i - W0||^2``; 0 for an expert equal to the base.
         generator_norms: Per expert ``||Q_i||_F``.
         correction: As of :class:`~orthokit.merging.MergedGenerator`.
@@ -148,17 +148,19 @@ def orthomerge(
             intensity=intensity,
             route=route,
         ),
+        rotated=False,
     ).merged
 
 
 def orthomerge_parts(
-    base: Float[Tensor, "*shape"], experts: Sequence[Float[Tensor, "*shape"]], **options: Any
+    base: Float[Tensor, "*shape"], experts: Sequence[Float[Tensor, "*shape"]], *, rotated: bool = True, **options: Any
 ) -> OrthoMerged:
     """:func:`orthomerge` with the numbers behind it: how much of each change was rotation, by which angle, and so on.
 
     Args:
         base: As in :func:`orthomerge`.
         experts: One tensor each.
+        rotated: Whether to compute ``rotated``, one product more; default ``True``.
         options: Those of :func:`orthomerge`.
 
     Returns:
@@ -174,7 +176,7 @@ def orthomerge_parts(
     for name in options:
         if name not in known:
             raise unknown_name("option", name, known)
-    return _merged(base, experts, _Options(**options))
+    return _merged(base, experts, _Options(**options), rotated=rotated)
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class _Options:
 
 
 @torch.no_grad()
-def _merged(base: Tensor, experts: Sequence[Tensor], options: _Options) -> OrthoMerged:
+def _merged(base: Tensor, experts: Sequence[Tensor], options: _Options, *, rotated: bool) -> OrthoMerged:
     inputs = gathered(base, experts, options.weights, positive=True)
     changes = task_vectors(inputs)
     if inputs.base.ndim < 2 or inputs.base.numel() == 0:
@@ -225,7 +227,7 @@ def _merged(base: Tensor, experts: Sequence[Tensor], options: _Options) -> Ortho
     lead, sides = inputs.base.shape[:-2], inputs.base.shape[-2:]
     bases = inputs.base.reshape(-1, *sides)
     parts = [change.reshape(-1, *sides) for change in changes]
-    found = [_one(W0, [part[index] for part in parts], options) for index, W0 in enumerate(bases)]
+    found = [_one(W0, [part[index] for part in parts], options, rotated) for index, W0 in enumerate(bases)]
 
     def stacked(name: str) -> Tensor:
         whole = torch.stack([getattr(one, name) for one in found])
@@ -235,7 +237,7 @@ def _merged(base: Tensor, experts: Sequence[Tensor], options: _Options) -> Ortho
     routes = tuple("svd" if "svd" in each else each[0] for each in zip(*(one.routes for one in found), strict=True))
     return OrthoMerged(
         stacked("merged").to(inputs.dtype),
-        stacked("rotated").to(inputs.dtype),
+        stacked("rotated").to(inputs.dtype) if rotated else inputs.base.new_empty(0),
         **numbers,
         routes=routes,
         contraction=max(one.contraction for one in found),
@@ -254,7 +256,7 @@ def conflicting_rows(
     return kept
 
 
-def _one(W0: Tensor, changes: Sequence[Tensor], options: _Options) -> OrthoMerged:
+def _one(W0: Tensor, changes: Sequence[Tensor], options: _Options, keep: bool) -> OrthoMerged:
     """One matrix."""
     turnable, route = options.residual in _TURNABLE, options.route
     aims = changes
@@ -275,10 +277,14 @@ def _one(W0: Tensor, changes: Sequence[Tensor], options: _Options) -> OrthoMerge
         contraction = max(contraction, turn.contraction)
     merged = merge_generators(generators, weights=options.weights, clip=options.clip, intensity=options.intensity)
     moved, residual = side.moved(merged.generator), options.rest(residuals)
-    rotated = W0 + side.back(moved)
+    rotated = W0 + side.back(moved) if keep or not turnable else None
+    if rotated is None:
+        result = W0 + side.back(moved.add_(residual))
+    else:
+        result = rotated + (side.back(residual) if turnable else residual)
     return OrthoMerged(
-        rotated + (side.back(residual) if turnable else residual),
-        rotated,
+        result,
+        W0.new_empty(0) if rotated is None else rotated,
         torch.stack(fractions),
         merged.norms,
         merged.correction,

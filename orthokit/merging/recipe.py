@@ -140,9 +140,11 @@ def merge_tensor(
         if spec.name == "orthomerge":
             # What is no matrix of the model is no map whose inputs could be rotated.
             flat = block is None
-            parts = orthomerge_parts(W0.flatten() if flat else W0, [W.flatten() if flat else W for W in Ws], **options)
+            told = recipe.report == "full" and not flat
+            each = [W.flatten() if flat else W for W in (W0, *Ws)]
+            parts = orthomerge_parts(each[0], each[1:], rotated=told, **options)
             value = parts.merged.reshape(W0.shape)
-            rotated = None if flat else parts.rotated
+            rotated = parts.rotated if told else None
             row |= _numbers(parts)
         else:
             value = spec.function(W0, Ws, **options)

@@ -47,7 +47,7 @@ def block_contestants(
     sizes = _SMALL if small else _SIZES
     _, made = merge_with_anchors(start, models, **common, **sizes, adapt={"epochs": 0})
 
-    def adapted(begin: str | Mapping[str, Tensor], lr: float, **more: Any) -> dict[str, Tensor]:
+    def adapted(begin: Any, lr: float, **more: Any) -> dict[str, Tensor]:
         merged, _ = merge_with_anchors(
             start,
             models,
