@@ -33,6 +33,8 @@ class MergeMethod:
         statistics: Keyword of the statistics it needs of each expert, or ``None``.
         matrices: Whether it needs matrices; other tensors get the weighted mean.
         experts: Fewest and most experts; ``None``: no limit.
+        elementwise: Whether a number of the result depends on the numbers in its place alone, so that a large tensor
+            can be merged piece by piece.
     """
 
     name: str
@@ -42,6 +44,7 @@ class MergeMethod:
     statistics: str | None = None
     matrices: bool = False
     experts: tuple[int, int | None] = (1, None)
+    elementwise: bool = False
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -52,12 +55,19 @@ class MergeMethod:
 
 
 _ALL = (
-    MergeMethod("linear", linear, "weighted mean of the experts", "Wortsman et al. (2022), arXiv 2203.05482"),
+    MergeMethod(
+        "linear",
+        linear,
+        "weighted mean of the experts",
+        "Wortsman et al. (2022), arXiv 2203.05482",
+        elementwise=True,
+    ),
     MergeMethod(
         "task_arithmetic",
         task_arithmetic,
         "base plus a multiple of the summed changes",
         "Ilharco et al. (2023), arXiv 2212.04089",
+        elementwise=True,
     ),
     MergeMethod("slerp", slerp, "point on the arc between two models", "Shoemake (1985)", experts=(2, 2)),
     MergeMethod(
@@ -113,6 +123,7 @@ _ALL = (
         "mean weighted by the Fisher information",
         "Matena, Raffel (2022), arXiv 2111.09832",
         statistics="fishers",
+        elementwise=True,
     ),
     MergeMethod(
         "curvature",
@@ -126,6 +137,7 @@ _ALL = (
         metrics_weighted,
         "mean weighted by losses or steps, in our form",
         "after arXiv 2504.18580",
+        elementwise=True,
     ),
     MergeMethod(
         "orthomerge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,6 +21,8 @@ from orthokit.merging.report import measured
 __all__ = ["Recipe", "check_same", "merge_tensor", "mergeable", "plan"]
 
 REPORTS = ("brief", "full")
+# Entries that are merged at a time where they can be: more would only take memory.
+_PIECE = 1 << 24
 # Options of merge() itself that a pattern may set for the tensors it fits.
 _COMMON = ("method", "weights", "scale")
 
@@ -141,13 +143,15 @@ def merge_tensor(
             # What is no matrix of the model is no map whose inputs could be rotated.
             flat = block is None
             told = recipe.report == "full" and not flat
+            pieces = flat and method_named(options.get("residual", "linear")).elementwise
             each = [W.flatten() if flat else W for W in (W0, *Ws)]
-            parts = orthomerge_parts(each[0], each[1:], rotated=told, **options)
-            value = parts.merged.reshape(W0.shape)
+            value, parts = _by_pieces(orthomerge_parts, each, {**options, "rotated": told}, pieces=pieces)
+            value = value.reshape(W0.shape)
             rotated = parts.rotated if told else None
             row |= _numbers(parts)
         else:
-            value = spec.function(W0, Ws, **options)
+            own = {spec.statistics: options.pop(spec.statistics)} if spec.statistics else {}
+            value, _ = _by_pieces(spec.function, [W0, *Ws], options, pieces=spec.elementwise, statistics=own)
     except OrthokitError as error:
         raise type(error)(f"{name!r}: {error}") from error
     if recipe.report == "full":
@@ -157,6 +161,28 @@ def merge_tensor(
         block.write(out, value)
         return out, row
     return value, row
+
+
+def _by_pieces(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    options: Mapping[str, Any],
+    *,
+    pieces: bool,
+    statistics: Mapping[str, Sequence[Tensor]] | None = None,
+) -> tuple[Tensor, Any]:
+    """What a method makes of the base and the experts, if it can be piece by piece; and all that it told (last)."""
+    length = max(1, _PIECE * len(tensors[0]) // max(1, tensors[0].numel())) if tensors[0].ndim else 0
+    if not pieces or not tensors[0].ndim or length >= len(tensors[0]):
+        found = function(tensors[0], list(tensors[1:]), **(statistics or {}), **options)
+        return (found if isinstance(found, Tensor) else found.merged), found
+    result, found = torch.empty_like(tensors[0]), None
+    for start in range(0, len(result), length):
+        part = slice(start, start + length)
+        own = {key: [one[part] for one in each] for key, each in (statistics or {}).items()}
+        found = function(tensors[0][part], [tensor[part] for tensor in tensors[1:]], **own, **options)
+        result[part] = found if isinstance(found, Tensor) else found.merged
+    return result, found
 
 
 def _fitting(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
@@ -219,3 +221,43 @@ def test_recipes_know_which_options_a_tensor_gets() -> None:
     assert recipe.for_tensor("ac")[1] == {"weights": [1.0], "election": "count", "density": 0.5}
     spec, options = recipe.for_tensor("ab")
     assert spec.name == "dare" and options.pop("seed") >= 0 and options == {"weights": [1.0], "p": 0.5}
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "fisher", "metrics_weighted", "orthomerge"])
+def test_large_tensors_merge_piece_by_piece_to_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    base = {"emb": torch.randn(50, 4, generator=g), "bias": torch.randn(70, generator=g), "one": torch.tensor(1.0)}
+    experts = [{name: W + torch.randn(W.shape, generator=g) for name, W in base.items()} for _ in range(2)]
+    more: dict[str, object] = {"losses": [1.0, 2.0]} if method == "metrics_weighted" else {}
+    if method == "fisher":
+        more["statistics"] = [{name: W.square() for name, W in expert.items()} for expert in experts]
+    if method == "orthomerge":  # a vector goes to its residual method, the mean
+        base, *experts = ({"bias": one["bias"]} for one in (base, *experts))
+    whole = merge(base, experts, method=method, **more)
+    seen: list[int] = []
+    monkeypatch.setattr("orthokit.merging.recipe._PIECE", 12)
+    function = methods()[method].function
+
+    @wraps(function)
+    def told(base: Tensor, experts: list[Tensor], **options: object) -> Tensor:
+        seen.append(base.numel())
+        return function(base, experts, **options)
+
+    changed = {**methods(), method: replace(methods()[method], function=told)}
+    monkeypatch.setattr("orthokit.merging.recipe.method_named", lambda name: changed[name])
+    pieces = merge(base, experts, method=method, **more)
+    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
+    assert method == "orthomerge" or max(seen) <= 12 < len(seen) * 12
+
+
+def test_a_method_is_elementwise_where_it_says_so() -> None:
+    g = torch.Generator().manual_seed(0)
+    base, *experts = torch.randn(4, 30, generator=g)
+    for spec in methods().values():
+        if not spec.elementwise:
+            continue
+        more: dict[str, object] = {spec.statistics: [W.square() for W in experts]} if spec.statistics else {}
+        more |= {"losses": [1.0, 2.0, 3.0]} if spec.name == "metrics_weighted" else {}
+        whole = spec.function(base, experts, **more)
+        half = {key: [one[:7] for one in each] if key == spec.statistics else each for key, each in more.items()}
+        assert torch.equal(spec.function(base[:7], [W[:7] for W in experts], **half), whole[:7])
