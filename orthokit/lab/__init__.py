@@ -9,10 +9,7 @@ from orthokit.lab.encoder import EncoderConfig, SentenceClassifier, SentenceEnco
 from orthokit.lab.eras import eras
 from orthokit.lab.example_gradients import per_example_gradients, task_scores, trainable_parameters
 from orthokit.lab.families import (
-    FAMILIES,
     Expert,
-    Family,
-    FamilyTask,
     expert_model,
     expert_scores,
     expert_statistics,
@@ -20,6 +17,7 @@ from orthokit.lab.families import (
     family_retention,
     train_expert,
 )
+from orthokit.lab.family_tasks import FAMILIES, Family, FamilyTask
 from orthokit.lab.fisher import Collinearity, RankOneFisher, collinearity, fisher_diagonal, rank_one_fisher
 from orthokit.lab.fit import fit
 from orthokit.lab.glosses import glosses

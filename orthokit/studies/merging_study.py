@@ -177,7 +177,7 @@ def _depends(unit: Row) -> Sequence[str]:
         "studies/merging_study.py",
         *(("studies/merging_blocks.py",) if unit["part"] == "blocks" else ()),
         "merging/*.py",
-        "lab/families.py",
+        "lab/famil*.py",
         *(f"lab/arena/{name}.py" for name in arena),
         *(f"lab/{name}.py" for name in ("racer", "tasks", "text_tasks", "image_tasks", "vision", "encoder", "models")),
         *(f"lab/{name}.py" for name in ("fisher", "example_gradients", "input_subspaces", "schedules", "glosses")),

@@ -7,7 +7,7 @@ import torch
 
 from orthokit.errors import OptionError, UnknownNameError
 from orthokit.lab import FAMILIES, expert_scores, expert_statistics, family_base, family_retention, train_expert
-from orthokit.lab.families import _half
+from orthokit.lab.family_tasks import with_part
 
 
 def needs(family: str) -> None:
@@ -42,22 +42,18 @@ def test_training_is_reproducible_and_follows_its_seed() -> None:
     assert not torch.equal(one.trunk["patches.weight"], other.trunk["patches.weight"])
 
 
-def test_validation_and_test_halves_do_not_overlap() -> None:
-    task = FAMILIES["pictures"].tasks["footwear"].task(0, True)
-    first, second = _half(task, 0), _half(task, 1)
-    assert len(first.test_labels) + len(second.test_labels) == len(task.test_labels)
-    assert torch.equal(first.test_images, task.test_images[0::2])
-    assert torch.equal(second.test_images, task.test_images[1::2])
+def test_what_options_are_chosen_by_is_neither_trained_nor_tested_on(monkeypatch) -> None:
+    task = FAMILIES["pictures"].tasks["low digits"].task(0, False)
+    chosen, test = with_part(task, "validation"), with_part(task, "test")
+    assert torch.equal(test.test_images, task.test_images) and len(chosen.test_labels) > 150
+    whole = {image.numpy().tobytes() for image in torch.cat([task.train_images, test.test_images])}
+    assert not whole & {image.numpy().tobytes() for image in chosen.test_images}
     words = FAMILIES["language"].tasks["definitions"].task(0, True)
-    assert len(_half(words, 0).validation_starts) == len(words.validation_starts) // 2
-
-
-def test_no_more_than_a_part_of_many_examples_is_chosen_by(monkeypatch) -> None:
-    monkeypatch.setattr("orthokit.lab.families._CHOSEN_BY", 5)
-    task = FAMILIES["pictures"].tasks["footwear"].task(0, True)
-    first, second = _half(task, 0), _half(task, 1)
-    assert len(first.test_labels) <= 5 and torch.equal(first.test_images[1], task.test_images[8])
-    assert len(second.test_labels) == len(task.test_labels) // 2
+    parts = [with_part(words, part).validation_starts for part in ("validation", "test")]
+    assert torch.equal(torch.stack(parts, 1).flatten(), words.validation_starts)
+    monkeypatch.setattr("orthokit.lab.family_tasks._CHOSEN_BY", 1)
+    fewer, rest = (with_part(words, part).validation_starts for part in ("validation", "test"))
+    assert torch.equal(fewer, parts[0][::2]) and torch.equal(rest, parts[1])
 
 
 def test_unknown_names_and_sizes_are_refused() -> None:
