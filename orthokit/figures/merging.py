@@ -14,9 +14,9 @@ from orthokit.figures.energy import energy_by_matrix
 __all__ = ["MERGE_VALUES", "merge_energies", "merge_map"]
 
 MERGE_VALUES = {
-    "rotation_fraction": "share of the change that is a rotation",
+    "rotation_fraction": "rotation share",
     "generator_norm": "norm of the generator",
-    "conflict_share": "share of rows in conflict",
+    "conflict_share": "rows in conflict",
     "changes": "relative change",
 }
 """What :func:`merge_map` can show, one number per expert, with what it is called."""
