@@ -71,7 +71,17 @@ def forgetting(page: Page) -> None:
     page.screenshot(path=DOCS / "forgetting.png", full_page=True)
 
 
-PAGES = {"momentum": momentum, "race": race, "adapters": adapters, "forgetting": forgetting}
+def merge(page: Page) -> None:
+    """Three experts merged, with the record beside."""
+    page.goto(f"http://127.0.0.1:{PORT}/merge?part=test")
+    page.get_by_text("Ready: press").wait_for()
+    page.get_by_role("button", name="Train and merge").click()
+    page.get_by_text("Up to date").wait_for(timeout=600_000)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=DOCS / "merge.png", full_page=True)
+
+
+PAGES = {"momentum": momentum, "race": race, "adapters": adapters, "forgetting": forgetting, "merge": merge}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from orthokit.figures.gap import gap_by_beta, gap_heatmap
 from orthokit.figures.intervals import mean_interval, t_quantile
 from orthokit.figures.maps import error_laws, error_parity, map_adviser, merge_drift, singular_values_by_angle
 from orthokit.figures.merging import MERGE_VALUES, merge_energies, merge_map
+from orthokit.figures.merging_scores import merge_front, merge_scales, merge_scores
 from orthokit.figures.momentum import (
     alignment_by_beta,
     alignment_by_checkpoint,
@@ -96,7 +97,10 @@ __all__ = [
     "memory_modes",
     "merge_drift",
     "merge_energies",
+    "merge_front",
     "merge_map",
+    "merge_scales",
+    "merge_scores",
     "noise_suppression",
     "pair_angles",
     "penalty_weights",

@@ -15,6 +15,8 @@ __all__ = ["anchor_alignment", "anchor_overlap", "anchor_spectra", "loss_landsca
 
 # Singular values below this share of the largest are not drawn.
 _FLOOR = 1e-8
+# A share of the plane's extent that counts as no distance from it.
+_ON_PLANE = 1e-5
 # Alignment this close to the best is called reached.
 _NEAR = 0.01
 
@@ -242,7 +244,9 @@ def loss_landscape(
         told = f"{label}: from {number(values[0])} to {number(values[-1])}, lowest {number(values.min())}"
         if label in away:
             distance = vector(f"distances of {label!r}", away[label], length=len(at), low=0.0)
-            told += f", up to {number(distance.max())} off the plane"
+            # A path within the plane is off it by rounding.
+            away_from_it = distance.max() > _ON_PLANE * max(np.ptp(across), np.ptp(along))
+            told += f", up to {number(distance.max())} off the plane" if away_from_it else ", all of it on the plane"
         said.append(f"{told}.")
     if points:
         spots = {label: array(f"place of {label!r}", at, dims=(1,)) for label, at in named("points", points).items()}

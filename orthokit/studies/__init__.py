@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orthokit.studies import anchor_trials as _anchor_trials
 from orthokit.studies import arena_claims as _arena_claims
 from orthokit.studies import arena_correlations as _arena_correlations
 from orthokit.studies import arena_results as _arena_results
@@ -9,6 +10,11 @@ from orthokit.studies import arena_study as _arena_study
 from orthokit.studies import arena_ways as _arena_ways
 from orthokit.studies import continual as _continual
 from orthokit.studies import continual_results as _continual_results
+from orthokit.studies import dual_anchors as _dual_anchors
+from orthokit.studies import merging_claims as _merging_claims
+from orthokit.studies import merging_live as _merging_live
+from orthokit.studies import merging_published as _merging_published
+from orthokit.studies import merging_results as _merging_results
 from orthokit.studies import merging_study as _merging_study
 from orthokit.studies import representation as _representation
 from orthokit.studies import representation_phases as _representation_phases
@@ -37,6 +43,7 @@ from orthokit.studies.adapter_results import (
 )
 from orthokit.studies.adapter_study import ADAPTERS
 from orthokit.studies.adapters import ADAPTER_METHODS, ADAPTER_TRACKS, adapt_once, adapter_budget
+from orthokit.studies.anchor_trials import *  # noqa: F403
 from orthokit.studies.arena_claims import *  # noqa: F403
 from orthokit.studies.arena_correlations import *  # noqa: F403
 from orthokit.studies.arena_results import *  # noqa: F403
@@ -58,6 +65,7 @@ from orthokit.studies.coefficients import (
 )
 from orthokit.studies.continual import *  # noqa: F403
 from orthokit.studies.continual_results import *  # noqa: F403
+from orthokit.studies.dual_anchors import *  # noqa: F403
 from orthokit.studies.energy import energies, energy_changes, spread_on_sphere
 from orthokit.studies.maps import (
     LiveErrors,
@@ -70,6 +78,10 @@ from orthokit.studies.maps import (
     planes_at_norms,
     simulate_merges,
 )
+from orthokit.studies.merging_claims import *  # noqa: F403
+from orthokit.studies.merging_live import *  # noqa: F403
+from orthokit.studies.merging_published import *  # noqa: F403
+from orthokit.studies.merging_results import *  # noqa: F403
 from orthokit.studies.merging_study import *  # noqa: F403
 from orthokit.studies.optimizer_race import TRACKS, Track, enter, race_once
 from orthokit.studies.pion import (
@@ -297,6 +309,12 @@ __all__ += _arena_ways.__all__
 __all__ += _continual.__all__
 __all__ += _continual_results.__all__
 __all__ += _merging_study.__all__
+__all__ += _anchor_trials.__all__
+__all__ += _dual_anchors.__all__
+__all__ += _merging_claims.__all__
+__all__ += _merging_live.__all__
+__all__ += _merging_published.__all__
+__all__ += _merging_results.__all__
 __all__ += _representation.__all__
 __all__ += _representation_phases.__all__
 __all__ += _representation_results.__all__

@@ -43,8 +43,9 @@ def test_the_landscape_tells_where_paths_begin_and_end_and_differs_by_more_than_
     assert ground["z"] == [[3, 2], [1, 4]] and first["customdata"] == [3, 1, 2]
     assert first["line"]["dash"] != second["line"]["dash"] and first["marker"]["symbol"] != second["marker"]["symbol"]
     assert models["text"] == ["base"]
-    off = loss_landscape([0, 2], [0, 1], [[3, 2], [1, 4]], paths=paths, off={"FDA": [0.0, 0.7]})
+    off = loss_landscape([0, 2], [0, 1], [[3, 2], [1, 4]], paths=paths, off={"TA": [0, 0, 1e-6], "FDA": [0.0, 0.7]})
     assert caption(off).endswith("FDA: from 3 to 0.5, lowest 0.5, up to 0.7 off the plane.")
+    assert "TA: from 3 to 2, lowest 1, all of it on the plane." in caption(off)
     assert (
         figure["layout"]["showlegend"] and not loss_landscape([0, 1], [0, 1], [[1, 2], [3, 4]])["layout"]["showlegend"]
     )

@@ -18,7 +18,7 @@ PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost", "fo
 BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"} | dict.fromkeys(
     (
         *("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"),
-        *("merge_map", "merge_energies"),
+        *("merge_map", "merge_energies", "merge_scores"),
     ),
     "yaxis",
 )
@@ -55,6 +55,9 @@ def charts():
         "merge_drift": F.merge_drift([0, 9], {"a": rng.random((3, 2)), "b": [0, -1]}, predicted={"b": [0, -1]}),
         "merge_map": F.merge_map([{"name": "q.weight", "rotation_fraction": [0.4, 0.6]}]),
         "merge_energies": F.merge_energies([{"name": "q.weight", "energy_base": 0.7, "energy_merged": 0.8}]),
+        "merge_scores": F.merge_scores({"average": {"TA": (80, 79, 81), "FDA": (82, np.nan, np.nan)}}, unit="points"),
+        "merge_front": F.merge_front({"TA": [(80, 70), (82, 71)], "base": [(50, 90), (50, 91)]}, unit="points"),
+        "merge_scales": F.merge_scales({"TA": ([0.1, 1], rng.random((2, 2)))}, unit="points", base=0.4),
         "map_adviser": F.map_adviser([0.1, 1], {"0.01": [2, np.nan]}, names={"0.01": ["two terms", "exact"]}),
         "table_maps": F.table_maps({"a": ([0.1, 1], [0.5, 1]), "b": ([0.1, 1], [-1, 1.2]), "c": ([0.1, 1], [1, 1])}),
         "before_after": F.before_after({"1/k": [1, 0.5]}, {"1/k": {"a": [1, 0.9], "b": [np.nan, np.nan]}}),

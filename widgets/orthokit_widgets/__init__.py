@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orthokit_widgets.adapters_view import AdaptersPage
     from orthokit_widgets.forgetting_view import ForgettingPage
+    from orthokit_widgets.merge_view import MergePage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.race_view import RacePage
     from orthokit_widgets.training_view import TrainingPage
 
-__all__ = ["adapters_page", "forgetting_page", "momentum_page", "notebook", "race_page", "training_page"]
+__all__ = [
+    "adapters_page",
+    "forgetting_page",
+    "merge_page",
+    "momentum_page",
+    "notebook",
+    "race_page",
+    "training_page",
+]
 
 
 def notebook() -> None:
@@ -75,6 +84,30 @@ def forgetting_page(**settings: Any) -> ForgettingPage:
     from orthokit_widgets.forgetting_view import ForgettingPage
 
     return ForgettingPage(**settings)
+
+
+def merge_page(**settings: Any) -> MergePage:
+    """The page "Merge": experts of one model merged by any method, task by task, scale by scale, layer by layer.
+
+    Args:
+        **settings: Where to start: ``family``, ``experts`` (names of its tasks), ``seed``, ``method``, its options each
+            as ``METHOD_OPTION`` (such as ``ties_density``), ``weight_1`` and so on, ``part`` (``"validation"`` or
+            ``"test"``), ``scale``, ``value`` and ``below`` (of the maps); and ``evidence``, the folder of evidence.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = merge_page(method="ties", ties_density=0.5, experts=["footwear", "low digits"])
+        >>> page.state.asked.options[0]
+        ('density', 0.5)
+    """
+    from orthokit_widgets.merge_view import MergePage
+
+    return MergePage(**settings)
 
 
 def momentum_page(**settings: Any) -> MomentumPage:

@@ -6,6 +6,7 @@ outside. Everything a user typed or a file holds is set as text, never as HTML.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ import panel as pn
 import param
 from panel.custom import JSComponent
 
-__all__ = ["Address", "Chart", "Facts", "Form", "Message", "Part", "RunTable", "header", "stylesheets"]
+__all__ = ["Address", "Chart", "Download", "Facts", "Form", "Message", "Part", "RunTable", "header", "stylesheets"]
 
 _ASSETS = Path(__file__).parent / "assets"
+_PIECE = 1 << 20  # bytes of a file that are sent at once
 # The style of the charts' own parts, as Panel's pane for them uses it.
 _PANEL = Path(pn.__file__).parent / "dist" / "css" / "models"
 
@@ -114,6 +116,47 @@ class Facts(Part):
 
     _esm = _read("facts.js")
     _stylesheets = stylesheets("facts.css")
+
+
+class Download(Part):
+    """A button that saves a file; a press comes as ``{"action": "export"}``, and :meth:`give` answers it.
+
+    The file goes over the page's own channel, piece by piece as the browser asks, so that it needs no address, works in
+    a notebook, and holds nobody up however large it is.
+    """
+
+    label = param.String("Save", doc="What stands on the button.")
+    note = param.String("", doc="A line below it.")
+    disabled = param.Boolean(False, doc="Whether there is nothing to save.")
+    offer = param.Dict({}, doc="The file that can be asked for: token, name, pieces.")
+    piece = param.Dict({}, doc="The piece asked for last: of (a token), index, data (base64).")
+
+    _esm = _read("download.js")
+    _stylesheets = stylesheets("download.css")
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self._content, self._given = b"", 0
+
+    def give(self, name: str, content: bytes) -> None:
+        """Let the browser save a file.
+
+        Args:
+            name: Of the file.
+            content: What is in it.
+        """
+        self._given += 1
+        self._content = content
+        self.offer = {"token": self._given, "name": name, "pieces": max(1, -(-len(content) // _PIECE))}
+
+    def answer(self, message: dict[str, Any]) -> None:
+        """Send the piece that the browser asks for, or forget the file when it has all of it."""
+        if message.get("saved") == self._given:
+            self._content = b""
+        elif message.get("of") == self._given and isinstance(message.get("piece"), int) and message["piece"] >= 0:
+            start = message["piece"] * _PIECE
+            data = base64.b64encode(self._content[start : start + _PIECE]).decode()
+            self.piece = {"of": self._given, "index": message["piece"], "data": data}
 
 
 class RunTable(Part):

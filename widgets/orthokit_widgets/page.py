@@ -19,7 +19,7 @@ __all__ = ["PAGES", "Page", "columns", "stack"]
 #: Titles of the pages to their addresses.
 PAGES = {
     **{"Momentum gap": "momentum", "Live training": "training", "Optimizer race": "race"},
-    **{"Adapters": "adapters", "Forgetting": "forgetting"},
+    **{"Adapters": "adapters", "Forgetting": "forgetting", "Merge": "merge"},
 }
 _PERIOD, _SOON = 200, 50  # ms between two looks at what a thread has done; when an answer is awaited
 _PATIENCE = 15  # looks without a browser until the page counts as closed; a reload or a hiccup takes fewer

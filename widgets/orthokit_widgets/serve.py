@@ -26,6 +26,7 @@ _ABOUT = {
     "race": "Let several optimizers train side by side; watch loss, spectra and drift, per step or per second.",
     "adapters": "Put OFT, BOFT, HRA or LoRA on real weights; see what stays and how orthogonal the rotation is.",
     "forgetting": "See what fine-tuning learnt and forgot, run by run; pull a run back along its path; start your own.",
+    "merge": "Merge experts by any method; see what each task, the old knowledge and the layers make of it; save it.",
 }
 
 
@@ -51,6 +52,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     from orthokit.lab.runs import runs_root
     from orthokit_widgets.adapters_view import AdaptersPage
     from orthokit_widgets.forgetting_view import ForgettingPage
+    from orthokit_widgets.merge_view import MergePage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.page import PAGES
     from orthokit_widgets.race_view import RacePage
@@ -79,6 +81,10 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         pn.extension("plotly")
         return ForgettingPage(links=True, root=folder)
 
+    def merge() -> Any:
+        pn.extension("plotly")
+        return MergePage(links=True)
+
     links = "".join(f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items())
     template = Template((Path(__file__).parent / "assets" / "index.html").read_text(encoding="utf-8"))
     index = template.substitute(items=links, root=escape(str(folder)))
@@ -101,7 +107,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         "websocket_origin": [f"{host}:{port}" for host in hosts],
         "use_index": False,
     }
-    pages: Any = {made.__name__: made for made in (momentum, training, race, adapters, forgetting)}
+    pages: Any = {made.__name__: made for made in (momentum, training, race, adapters, forgetting, merge)}
     server = get_server(pages, port=port, **options)
     if port == 0:
         # The origins have to name the port that the system chose.
@@ -170,12 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_ahead() -> None:
-    """Read the recorded runs, which the first visitor of the page Forgetting would wait a second for."""
-    from orthokit_widgets.forgetting_data import recorded
+    """Read the recorded studies, which the first visitor of the pages Forgetting and Merge would wait a second for."""
+    from orthokit_widgets import forgetting_data, merge_data
 
     # What is wrong with them is told on the page.
-    with contextlib.suppress(OrthokitError):
-        recorded()
+    for data in (forgetting_data, merge_data):
+        with contextlib.suppress(OrthokitError):
+            data.recorded()
 
 
 def _say(text: str) -> None:
