@@ -92,10 +92,13 @@ def inverse_cayley(R: Float[Tensor, "*batch b b"]) -> Float[Tensor, "*batch b b"
     check_finite(R, name="R")
     work = R.to(working_dtype(R))
     eye = torch.eye(R.shape[-1], dtype=work.dtype, device=R.device)
-    smallest = torch.linalg.svdvals(work + eye)[..., -1] if R.numel() else torch.ones(())
-    if not bool((smallest > 10 * torch.finfo(work.dtype).eps).all()):
+    found, info = torch.linalg.solve_ex(work + eye, work - eye)
+    # The generator of a turn by theta is tan(theta / 2): where R + I is singular to rounding it says so itself, and an
+    # SVD for that would take several times as long as the solve.
+    size = torch.linalg.vector_norm(found, dim=(-2, -1)) if R.numel() else torch.zeros(())
+    if bool((info != 0).any()) or not bool((size < 0.1 / torch.finfo(work.dtype).eps).all()):
         raise OptionError("R must have no eigenvalue -1; a half turn or a reflection is no Cayley transform.")
-    return torch.linalg.solve(work + eye, work - eye).to(R.dtype)
+    return found.to(R.dtype)
 
 
 def _neumann_coefficients(terms: int) -> list[float]:

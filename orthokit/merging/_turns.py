@@ -216,11 +216,13 @@ def _iterated(side: Side, cross: Tensor) -> Turn | None:
         if first == 0:
             return Turn(generator, "iteration", contraction)
         # What is left after a step: it times what it gained on the one before, or what a slow inner loop leaves.
-        expected = first / whole * max(_GAIN, contraction**2, first / before)
-        before = first
+        shrink = max(_GAIN, contraction**2, first / before)
+        expected, before = first / whole * shrink, first
         if max(expected, error) <= tolerance:
             # Vectorised and remaining entries round differently, which leaves it skew to rounding only.
             return Turn(_skew(generator, 0.5), "iteration", contraction)
+        if outer and expected * shrink ** (_OUTER - 1 - outer) > tolerance:
+            return None  # at this pace it would not get there
     return None
 
 
