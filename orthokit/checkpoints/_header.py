@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from orthokit.errors import CheckpointError
 
-__all__ = ["CODES", "DTYPES", "Header", "Place", "encode_header", "read_header"]
+__all__ = ["CODES", "DTYPES", "LARGEST", "Header", "Place", "encode_header", "read_header"]
 
 #: The types of the format that torch has, by the format's name.
 DTYPES: dict[str, torch.dtype] = {
@@ -41,6 +42,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # Of the format: 8 bytes of length, and a bound on what a reader has to take into memory before it knows anything.
 _LENGTH, _LONGEST = 8, 100_000_000
+#: What torch can count to: sizes of a tensor, and how many numbers it has.
+LARGEST = 2**63 - 1
 _AGAIN = "Copy or download the file again."
 
 
@@ -50,10 +53,11 @@ class Place:
 
     Args:
         file: The file.
-        dtype: Its type.
+        dtype: Its type, as it is read.
         shape: Its shape.
-        start: Its first byte, counted from the start of the file.
-        bytes: How many bytes it has.
+        start: Its first byte, counted from the start of the file; -1 where torch itself finds it.
+        bytes: How many bytes it has in the file.
+        stored: How the file keeps it, where that is not as a plain row of numbers of the type.
     """
 
     file: Path
@@ -61,6 +65,7 @@ class Place:
     shape: tuple[int, ...]
     start: int
     bytes: int
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,13 @@ class Header:
         places: By name, in the order of the bytes.
         metadata: The text beside the tensors.
         text: The header as it stands in the file.
+        held: Tensors that are there without reading, since torch has mapped the file.
     """
 
     places: Mapping[str, Place]
     metadata: Mapping[str, str]
     text: bytes
+    held: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:
@@ -109,11 +116,11 @@ def read_header(path: Path) -> Header:
 
 def _what(start: bytes) -> str:
     """A guess what a file is that is no safetensors file."""
-    kinds = {b"PK": "a pickle of torch.save", b"\x80": "a pickle", b"GGUF": "a GGUF file", b"version": "a Git LFS note"}
-    found = next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
-    if found == "a Git LFS note":
+    if start.startswith(b"version"):
         return "It is a Git LFS pointer, not the file that it stands for: fetch that (git lfs pull)."
-    return f"It looks like {found}: convert it to safetensors." if found else f"It is no safetensors file. {_AGAIN}"
+    if start.startswith(b"\x80"):
+        return "It looks like a plain pickle, which could run code and is never read: write it with safetensors."
+    return f"It is no safetensors file. {_AGAIN}"
 
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
@@ -164,6 +171,8 @@ def _place(path: Path, name: str, fields: Any, data: int) -> Place:
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
         todo = f"Known are {', '.join(DTYPES)}; write the tensor in one of them."
         _refuse(path, f"{name!r} has the type {fields['dtype']!r:.40}, which torch has no tensors of", todo)
+    if math.prod(max(one, 1) for one in shape) > LARGEST:
+        _refuse(path, f"{name!r} has the shape {shape!r:.80}, more than there can be", _AGAIN)
     dtype = DTYPES[fields["dtype"]]
     need, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
     if need != found:

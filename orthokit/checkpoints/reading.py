@@ -1,30 +1,27 @@
-"""Model files read one tensor at a time: a safetensors file, or a folder as Hugging Face lays it out."""
+"""Model files read one tensor at a time: safetensors, GGUF and files of torch.save, or a folder with one model."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthokit.checkpoints._files import memory as memory_of
 from orthokit.checkpoints._files import read_at
+from orthokit.checkpoints._folders import INDEX, SINGLE, WEIGHTS, few, model_files, weight_map
+from orthokit.checkpoints._gguf_blocks import BLOCKS, dequantize
 from orthokit.checkpoints._header import Header, Place, read_header
-from orthokit.errors import CheckpointError, unknown_name
+from orthokit.checkpoints.gguf import MAGIC, read_gguf
+from orthokit.checkpoints.torch_files import is_torch, read_torch
+from orthokit.errors import CheckpointError, OptionError, unknown_name
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint"]
-
-#: The names that Hugging Face gives to a model in one file and to the list of the files of one in several.
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
 
 class Checkpoint:
@@ -32,7 +29,8 @@ class Checkpoint:
 
     Made by :func:`open_checkpoint`. Several threads may read at a time. A copy of one tensor is all that a reading
     keeps in memory: files are read, not mapped, so that pages of a large model do not count as memory of the process
-    and a file that shrinks meanwhile is an error in words.
+    and a file that shrinks meanwhile is an error in words. Files of ``torch.save`` are the exception: torch maps them,
+    or holds the whole of one from before torch 1.6.
 
     Args:
         path: What was opened.
@@ -42,8 +40,8 @@ class Checkpoint:
     Attributes:
         path: What was opened.
         files: The files with tensors.
-        bytes: Of all tensors together.
-        metadata: Text beside the tensors.
+        bytes: Of all tensors together, as they lie in the files.
+        metadata: Text beside the tensors; of long lists in GGUF only how long they are.
         digest: Of the names, sizes, times and headers of the files: another one, and something was written since.
     """
 
@@ -52,9 +50,12 @@ class Checkpoint:
         self.path, self.files = path, sorted(headers)
         self.metadata: dict[str, str] = {}
         places: dict[str, Place] = {}
+        self._held: dict[str, Tensor] = {}
         for file in self.files:
             self.metadata |= headers[file].metadata
             places |= headers[file].places
+            self._held |= headers[file].held
+        self._lengths: dict[Path, int] = {}
         self._places = places if order is None else {name: places[name] for name in order}
         self.bytes: int = sum(place.bytes for place in places.values())
         digest = hashlib.sha256()
@@ -62,6 +63,7 @@ class Checkpoint:
             for file in self.files:
                 self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
                 facts = os.fstat(self._open[file])
+                self._lengths[file] = facts.st_size
                 digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns} ".encode() + headers[file].text)
         except OSError as cause:
             self.close()
@@ -77,8 +79,12 @@ class Checkpoint:
         return self._place(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor, without reading it."""
+        """The type that :meth:`tensor` gives, without reading it: float32 for what is quantised in GGUF."""
         return self._place(name).dtype
+
+    def quantization(self, name: str) -> str | None:
+        """How the file keeps a tensor, such as ``"Q4_K"``; ``None``: as a plain row of numbers of its type."""
+        return self._place(name).stored
 
     def place(self, name: str) -> Place:
         """In which file a tensor lies, and where in it."""
@@ -93,21 +99,57 @@ class Checkpoint:
                 bytes; the result is a view of it. Default: new memory, which belongs to the caller.
 
         Returns:
-            The tensor, on the CPU, in the type and shape that it has in the file, every bit as it is there.
+            The tensor, on the CPU and contiguous, in the type and shape that it has in the file, every bit as it is
+            there; what is quantised, as the float32 numbers that it stands for.
 
         Raises:
             UnknownNameError: No tensor of this name.
-            CheckpointError: The file is gone, or shorter than when it was opened.
+            CheckpointError: The file is gone, or shorter than when it was opened; or the tensor is kept in a way that
+                is not read.
         """
         place = self._place(name)
-        memory = torch.empty(place.bytes, dtype=torch.uint8) if out is None else out[: place.bytes]
-        self._read(place, memory)
-        if place.dtype == torch.bool and place.bytes and int(memory.max()) > 1:
-            raise CheckpointError(f"{place.file} is damaged: {name!r} is to be true or false and holds other values.")
-        return memory.view(place.dtype).view(place.shape)
+        if place.start >= 0 and place.stored is None:
+            memory = torch.empty(place.bytes, dtype=torch.uint8) if out is None else out[: place.bytes]
+            return self._plain(name, place, memory)
+        found = self._other(name, place)
+        if out is None:
+            return found.contiguous() if place.stored else found.clone(memory_format=torch.contiguous_format)
+        return out[: found.nbytes].view(found.dtype).view(found.shape).copy_(found)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read some rows of a tensor, and no others.
+
+        Args:
+            name: One of :meth:`names`, with at least one dimension.
+            start: The first row, ``0 <= start <= stop``.
+            stop: The row behind the last, at most as many as there are.
+
+        Returns:
+            What ``tensor(name)[start:stop]`` gives.
+
+        Raises:
+            UnknownNameError: No tensor of this name.
+            OptionError: There are no such rows.
+            CheckpointError: As of :meth:`tensor`.
+        """
+        place = self._place(name)
+        if not place.shape or not 0 <= start <= stop <= place.shape[0]:
+            raise OptionError(f"{name!r} has the shape {place.shape} and no rows {start}:{stop}; ask for rows it has.")
+        if place.start < 0 or (place.stored is not None and len(place.shape) < 2):
+            # Mapped, or a single row of blocks, which has no bytes between them that begin a number.
+            return self._other(name, place)[start:stop].clone(memory_format=torch.contiguous_format)
+        # Of no rows, the bytes of all are 0 as well.
+        row = place.bytes // max(place.shape[0], 1)
+        part = replace(
+            place, shape=(stop - start, *place.shape[1:]), start=place.start + start * row, bytes=(stop - start) * row
+        )
+        if place.stored is not None:
+            return self._other(name, part)
+        return self._plain(name, part, torch.empty(part.bytes, dtype=torch.uint8))
 
     def close(self) -> None:
         """Close the files; the tensors that were read stay."""
+        self._held = {}
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -141,13 +183,39 @@ class Checkpoint:
         except KeyError:
             raise unknown_name("tensor", name, self._places) from None
 
-    def _read(self, place: Place, memory: Tensor) -> None:
+    def _plain(self, name: str, place: Place, memory: Tensor) -> Tensor:
+        """A tensor that lies in the file as it is, read into memory."""
+        self._read(place, memory)
+        return _true_or_false(name, place, memory.view(place.dtype).view(place.shape))
+
+    def _other(self, name: str, place: Place) -> Tensor:
+        """A tensor that torch has mapped, or the numbers of one in blocks."""
+        if place.stored is not None and place.stored not in BLOCKS:
+            raise CheckpointError(
+                f"{name!r} in {place.file} is {place.stored}, which is not read; read are plain tensors and the GGUF "
+                f"types {', '.join(BLOCKS)}. Convert it to one of them."
+            )
+        if place.stored is not None:
+            raw = torch.empty(place.bytes, dtype=torch.uint8)
+            self._read(place, raw)
+            return dequantize(raw, place.stored).view(place.shape)
+        # A mapped page that the file no longer has would end the process.
+        if os.fstat(self._handle(place)).st_size < self._lengths[place.file]:
+            raise CheckpointError(f"{place.file} became shorter while it was open; copy it again.")
+        # A conjugate or a negative may be a mark on a tensor rather than numbers.
+        return _true_or_false(name, place, self._held[name].detach().resolve_conj().resolve_neg())
+
+    def _handle(self, place: Place) -> int:
         if place.file not in self._open:
             raise CheckpointError(f"{self.path} was closed; open it again with open_checkpoint({str(self.path)!r}).")
+        return self._open[place.file]
+
+    def _read(self, place: Place, memory: Tensor) -> None:
+        handle = self._handle(place)
         target, done = memory_of(memory), 0
         while done < place.bytes:
             try:
-                got = read_at(self._open[place.file], target[done:], place.start + done)
+                got = read_at(handle, target[done:], place.start + done)
             except OSError as cause:
                 raise CheckpointError(f"{place.file} cannot be read: {cause.strerror or cause}.") from cause
             if got == 0:
@@ -155,20 +223,29 @@ class Checkpoint:
             done += got
 
 
+def _true_or_false(name: str, place: Place, tensor: Tensor) -> Tensor:
+    """The tensor; a truth value that is neither 0 nor 1 is no value to compute with."""
+    if place.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+        raise CheckpointError(f"{place.file} is damaged: {name!r} is to be true or false and holds other values.")
+    return tensor
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A model on disk, its headers checked and nothing else read yet.
 
     Args:
-        path: A ``.safetensors`` file; a folder with ``model.safetensors``, with ``model.safetensors.index.json`` and
-            the files that it lists, or with one or several ``.safetensors`` files whose names of tensors are disjoint;
-            or such an index itself.
+        path: A safetensors file, a GGUF file of version 2 or 3, or a file of ``torch.save``, told apart by how they
+            begin; a folder with ``model.safetensors``, with ``model.safetensors.index.json`` and the files that it
+            lists, or with one or several ``.safetensors`` files whose names of tensors are disjoint; without these,
+            with ``pytorch_model.bin``, its index and the files, or one ``.gguf`` model in one or several files; or such
+            an index itself.
 
     Returns:
         The :class:`Checkpoint`; ``with`` closes it.
 
     Raises:
         CheckpointError: A file is missing, cut off or damaged; the index and the files disagree; several files hold
-            the same names; or the folder holds something else, such as an adapter or pickles.
+            the same names; a pickle holds more than weights; or the folder holds something else, such as an adapter.
 
     Example:
         >>> import tempfile
@@ -180,15 +257,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ((2, 2), True)
 
     Numerics:
-        Every bit as it is in the file. Opening costs the reading of the headers; a tensor costs one read.
+        Every bit as it is in the file. Opening costs the reading of the headers; a tensor costs one read. GGUF: the
+        blocks are computed in float32, as the format's own reader does, and names and the order of rows are those of
+        the format, which in Llama models puts the rows of queries and keys in pairs of rotary angles.
     """
     place = Path(path)
     try:
         if place.is_dir():
             return _folder(place)
         if not place.exists():
-            near = sorted(one.name for one in place.parent.glob("*.safetensors")) if place.parent.is_dir() else []
-            there = f"; {place.parent} has {_few(near)}" if near else ""
+            beside = place.parent.iterdir() if place.parent.is_dir() else ()
+            near = sorted(one.name for one in beside if one.suffix in WEIGHTS)
+            there = f"; {place.parent} has {few(near)}" if near else ""
             raise CheckpointError(f"{place} is not there{there}. Check the path.")
     except OSError as cause:
         raise CheckpointError(f"{place} cannot be read: {cause.strerror or cause}. Check who may read it.") from cause
@@ -198,44 +278,29 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _folder(folder: Path) -> Checkpoint:
-    """What a folder holds, one way of reading it or an error."""
-    files = sorted(folder.glob("*.safetensors"))
-    names = [file.name for file in files]
-    single, index = folder / SINGLE, folder / INDEX
-    if index.is_file():
-        if single in files and set(_weight_map(index).values()) != {SINGLE}:
-            raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}; give the path of the one that is meant.")
-        return _indexed(index)
-    if single in files:
-        return _together(folder, [single])
-    if "adapter_model.safetensors" in names or (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter, not a model; load it onto its model, merge it in and save the model first."
-        )
-    if not files:
-        there = sorted(one.name for one in folder.iterdir())
-        pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
-        hint = f"convert {_few(pickled)} to safetensors" if pickled else "check the path"
-        raise CheckpointError(f"{folder} has no .safetensors file; it holds {_few(there) or 'nothing'}: {hint}.")
-    parts = [found for name in names if (found := _SHARD.fullmatch(name))]
-    # Without an index the count in the names is all that tells a whole model from a part of one.
-    for stem, total in sorted({(part[1], part[3]) for part in parts}):
-        have = {int(part[2]) for part in parts if part[1] == stem and part[3] == total}
-        if missing := sorted(set(range(1, int(total) + 1)) - have if len(total) < 7 else []):
-            shown = _few([f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors" for number in missing])
-            raise CheckpointError(f"{folder} has {len(have)} of {int(total)} shards; missing is {shown}. Copy it too.")
-    return _together(folder, files)
+    found = model_files(folder)
+    return _indexed(found) if isinstance(found, Path) else _together(folder, found)
+
+
+def _header(file: Path) -> Header:
+    """What a file says of itself, in the format that its first bytes tell: its name is only a name."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(16)
+    except OSError as cause:
+        raise CheckpointError(f"{file} cannot be read: {cause.strerror or cause}. Check the path.") from cause
+    return read_gguf(file) if start.startswith(MAGIC) else read_torch(file) if is_torch(start) else read_header(file)
 
 
 def _together(path: Path, files: Sequence[Path]) -> Checkpoint:
     """Files whose tensors have different names, as one model."""
     headers: dict[Path, Header] = {}
     for file in files:
-        header = read_header(file)
+        header = _header(file)
         for other, before in headers.items():
             if both := [name for name in header.places if name in before.places]:
                 raise CheckpointError(
-                    f"{path} has no {INDEX}, and {other.name} and {file.name} both hold {_few(both)}; give the path of "
+                    f"{path} has no {INDEX}, and {other.name} and {file.name} both hold {few(both)}; give the path of "
                     "the file that is meant."
                 )
         headers[file] = header
@@ -244,7 +309,7 @@ def _together(path: Path, files: Sequence[Path]) -> Checkpoint:
 
 def _indexed(index: Path) -> Checkpoint:
     """The files that an index lists."""
-    listed = _weight_map(index)
+    listed = weight_map(index)
     wanted: dict[str, set[str]] = {}
     for tensor, name in listed.items():
         wanted.setdefault(name, set()).add(tensor)
@@ -253,33 +318,9 @@ def _indexed(index: Path) -> Checkpoint:
         file = index.parent / name
         if not file.is_file():
             raise CheckpointError(f"{index} lists {len(tensors)} tensors in {name}, which is not there; copy it too.")
-        header = headers[file] = read_header(file)
+        header = headers[file] = _header(file)
         if header.places.keys() != tensors:
             lack, extra = sorted(tensors - header.places.keys()), sorted(header.places.keys() - tensors)
-            found = f"it lacks {_few(lack)}" if lack else f"it holds {_few(extra)} besides"
+            found = f"it lacks {few(lack)}" if lack else f"it holds {few(extra)} besides"
             raise CheckpointError(f"{file} is not the file that {index.name} lists: {found}. Copy both again.")
     return Checkpoint(index.parent, headers, order=listed)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        values: Any = json.loads(index.read_text(encoding="utf-8"))
-        listed = values["weight_map"]
-        if not all(isinstance(name, str) for name in listed.values()):
-            raise ValueError("a file is no text")
-        plain = all(
-            isinstance(name, str) and Path(name).name == name and name not in ("", "..") for name in listed.values()
-        )
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as cause:
-        raise CheckpointError(
-            f"{index} is no list of shards: {type(cause).__name__}: {cause}. Copy it again."
-        ) from cause
-    if not listed or not plain:
-        found = "names files outside its folder" if listed else "lists nothing"
-        raise CheckpointError(f"{index} {found}; copy it again from where the model comes from.")
-    return listed
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import struct
 from pathlib import Path
@@ -143,16 +144,24 @@ def test_folders_that_are_no_one_model_are_refused(
 
 
 def test_pickles_are_named_and_not_read(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with pytest.raises(CheckpointError, match=r"convert 'pytorch_model\.bin' to safetensors"):
-        open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"pickle of torch\.save"):
-        open_checkpoint(tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"W": [1.0]}, protocol=2))
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(CheckpointError, match=r"looks like a plain pickle, which could run code and is never read"):
+            open_checkpoint(path)
+
+
+def test_sizes_beyond_counting_are_refused(tmp_path: Path) -> None:
+    for shape in ([0, 2**70], [2**62, 4, 0]):
+        path = raw_file(tmp_path / "model.safetensors", {"a": f32(0, 0, shape)})
+        with pytest.raises(CheckpointError, match="more than there can be"):
+            open_checkpoint(path)
 
 
 def test_a_missing_path_is_told_what_is_beside_it(tmp_path: Path) -> None:
     save_file({"W": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has 'model\.safetensors'"):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has 'model\.gguf', 'model\.safetensors'\. Check the path"):
         open_checkpoint(tmp_path / "modell.safetensors")
 
 
