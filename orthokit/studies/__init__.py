@@ -11,8 +11,8 @@ from orthokit.studies import arena_ways as _arena_ways
 from orthokit.studies import continual as _continual
 from orthokit.studies import continual_results as _continual_results
 from orthokit.studies import dual_anchors as _dual_anchors
+from orthokit.studies import live_merges as _live_merges
 from orthokit.studies import merging_claims as _merging_claims
-from orthokit.studies import merging_live as _merging_live
 from orthokit.studies import merging_published as _merging_published
 from orthokit.studies import merging_results as _merging_results
 from orthokit.studies import merging_study as _merging_study
@@ -67,6 +67,7 @@ from orthokit.studies.continual import *  # noqa: F403
 from orthokit.studies.continual_results import *  # noqa: F403
 from orthokit.studies.dual_anchors import *  # noqa: F403
 from orthokit.studies.energy import energies, energy_changes, spread_on_sphere
+from orthokit.studies.live_merges import *  # noqa: F403
 from orthokit.studies.maps import (
     LiveErrors,
     adviser_table,
@@ -79,7 +80,6 @@ from orthokit.studies.maps import (
     simulate_merges,
 )
 from orthokit.studies.merging_claims import *  # noqa: F403
-from orthokit.studies.merging_live import *  # noqa: F403
 from orthokit.studies.merging_published import *  # noqa: F403
 from orthokit.studies.merging_results import *  # noqa: F403
 from orthokit.studies.merging_study import *  # noqa: F403
@@ -312,7 +312,7 @@ __all__ += _merging_study.__all__
 __all__ += _anchor_trials.__all__
 __all__ += _dual_anchors.__all__
 __all__ += _merging_claims.__all__
-__all__ += _merging_live.__all__
+__all__ += _live_merges.__all__
 __all__ += _merging_published.__all__
 __all__ += _merging_results.__all__
 __all__ += _representation.__all__

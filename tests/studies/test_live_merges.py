@@ -11,7 +11,7 @@ from orthokit.errors import OptionError, UnknownNameError
 from orthokit.lab import expert_scores, family_base, train_expert
 from orthokit.linalg import cayley
 from orthokit.merging import merge
-from orthokit.studies import merging_live as live
+from orthokit.studies import live_merges as live
 from orthokit.studies.merging_results import merging_margins, merging_scores
 
 NAMES = ("task_arithmetic", "regmean", "metrics_weighted", "orthomerge conflict ties")
