@@ -93,7 +93,8 @@ def merge_checkpoints(
     shares too.
 
     Args:
-        base: The model that the experts were trained from: what :func:`~orthokit.checkpoints.open_checkpoint` takes.
+        base: The model that the experts were trained from: what :func:`~orthokit.checkpoints.open_checkpoint` takes,
+            such as safetensors, GGUF or a file of ``torch.save``; safetensors are written.
         experts: Models with the same tensors.
         out: The folder that is to come; must not exist.
         method: One of :func:`~orthokit.merging.methods`; default ``"orthomerge"``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orthokit.studies import anchor_trials as _anchor_trials
 from orthokit.studies import arena_claims as _arena_claims
 from orthokit.studies import arena_correlations as _arena_correlations
 from orthokit.studies import arena_results as _arena_results
@@ -11,6 +10,7 @@ from orthokit.studies import arena_ways as _arena_ways
 from orthokit.studies import continual as _continual
 from orthokit.studies import continual_results as _continual_results
 from orthokit.studies import dual_anchors as _dual_anchors
+from orthokit.studies import live_anchors as _live_anchors
 from orthokit.studies import live_merges as _live_merges
 from orthokit.studies import merging_claims as _merging_claims
 from orthokit.studies import merging_published as _merging_published
@@ -22,7 +22,7 @@ from orthokit.studies import representation_results as _representation_results
 from orthokit.studies import representation_study as _representation_study
 from orthokit.studies import safe_steps as _safe_steps
 from orthokit.studies._catalogue import STUDIES, names, run
-from orthokit.studies._engine import Study, evidence_root, load_evidence
+from orthokit.studies._engine import Study, evidence_root, evidence_stamp, load_evidence
 from orthokit.studies.adapter_claims import ADAPTER_DUELS, AdapterDuel, adapter_margins, oftv2_costs, oftv2_widest
 from orthokit.studies.adapter_geometry import what_is_kept
 from orthokit.studies.adapter_probes import adapted_at, kept_at, merge_gap, orthogonality_at, requantised_at
@@ -43,7 +43,6 @@ from orthokit.studies.adapter_results import (
 )
 from orthokit.studies.adapter_study import ADAPTERS
 from orthokit.studies.adapters import ADAPTER_METHODS, ADAPTER_TRACKS, adapt_once, adapter_budget
-from orthokit.studies.anchor_trials import *  # noqa: F403
 from orthokit.studies.arena_claims import *  # noqa: F403
 from orthokit.studies.arena_correlations import *  # noqa: F403
 from orthokit.studies.arena_results import *  # noqa: F403
@@ -67,6 +66,7 @@ from orthokit.studies.continual import *  # noqa: F403
 from orthokit.studies.continual_results import *  # noqa: F403
 from orthokit.studies.dual_anchors import *  # noqa: F403
 from orthokit.studies.energy import energies, energy_changes, spread_on_sphere
+from orthokit.studies.live_anchors import *  # noqa: F403
 from orthokit.studies.live_merges import *  # noqa: F403
 from orthokit.studies.maps import (
     LiveErrors,
@@ -231,6 +231,7 @@ __all__ = [
     "enter",
     "error_curves",
     "evidence_root",
+    "evidence_stamp",
     "final_values",
     "first_updates",
     "gradient_split",
@@ -309,7 +310,7 @@ __all__ += _arena_ways.__all__
 __all__ += _continual.__all__
 __all__ += _continual_results.__all__
 __all__ += _merging_study.__all__
-__all__ += _anchor_trials.__all__
+__all__ += _live_anchors.__all__
 __all__ += _dual_anchors.__all__
 __all__ += _merging_claims.__all__
 __all__ += _live_merges.__all__

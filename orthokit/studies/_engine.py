@@ -25,7 +25,7 @@ from orthokit.lab.progress import Progress
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SIZES", "Study", "evidence_root", "load_evidence", "run_study", "source_hash"]
+__all__ = ["SIZES", "Study", "evidence_root", "evidence_stamp", "load_evidence", "run_study", "source_hash"]
 
 SIZES = ("full", "smoke")
 Unit = dict[str, Any]
@@ -264,6 +264,23 @@ def _publish(
         (folder / f"{name}.tmp").replace(folder / name)
     (folder / "partial.jsonl").unlink(missing_ok=True)
     return folder
+
+
+def evidence_stamp(name: str, *, root: str | Path | None = None) -> tuple[str, int]:
+    """Where a study would be recorded and when it last was, as a key to keep what was made of it.
+
+    Args:
+        name: Of the study.
+        root: Folder of evidence; default :func:`evidence_root`.
+
+    Returns:
+        The folder of evidence, and the time of the record in nanoseconds; 0: there is none.
+    """
+    folder = evidence_root() if root is None else Path(root)
+    try:
+        return str(folder), (folder / name / "results.csv").stat().st_mtime_ns
+    except OSError:
+        return str(folder), 0
 
 
 def load_evidence(name: str, *, root: str | Path | None = None) -> tuple[pd.DataFrame, dict[str, Any]]:

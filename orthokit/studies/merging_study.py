@@ -144,19 +144,21 @@ def _tuned(
 ) -> list[Row]:
     """The rows of one contestant: with its defaults and tuned."""
 
+    begun = time.process_time()
+    plain, taken = merged_with({}), time.process_time() - begun
+
     def scores(options: Mapping[str, Any]) -> dict[str, float]:
-        return expert_scores(unit["family"], merged_with(options), experts, part="validation", small=unit["small"])
+        merged = merged_with(options) if options else plain
+        return expert_scores(unit["family"], merged, experts, part="validation", small=unit["small"])
 
     tuned = tune(method, scores, budget=unit["budget"], space=space, seed=unit["seed"])
-    rows: list[Row] = []
-    for kind, options in (("default", {}), ("tuned", tuned.options)):
-        if rows and not options:  # the defaults were the best
-            return rows + [{**row, "kind": kind} for row in rows]
-        begun = time.process_time()
-        merged = merged_with(options)
-        seconds = time.process_time() - begun
-        rows += _judged(unit, name, merged, experts, kind, options=json.dumps(dict(options)), seconds=seconds)
-    return rows
+    rows = _judged(unit, name, plain, experts, "default", options="{}", seconds=taken)
+    if not tuned.options:  # the defaults were the best
+        return rows + [{**row, "kind": "tuned"} for row in rows]
+    begun = time.process_time()
+    merged, told = merged_with(tuned.options), json.dumps(dict(tuned.options))
+    taken = time.process_time() - begun
+    return rows + _judged(unit, name, merged, experts, "tuned", options=told, seconds=taken)
 
 
 def _judged(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orthokit.errors import ReportError
-from orthokit.studies import evidence_root, load_evidence
+from orthokit.studies import evidence_stamp, load_evidence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -313,12 +313,7 @@ def recorded(root: str | Path | None = None) -> tuple[dict[str, Record], str]:
     Returns:
         Ground to its record, and why there is none; one of the two is empty.
     """
-    folder = evidence_root() if root is None else Path(root)
-    try:
-        stamp = (folder / "arena" / "results.csv").stat().st_mtime_ns
-    except OSError:
-        stamp = 0
-    return _recorded(str(folder), stamp)
+    return _recorded(*evidence_stamp("arena", root=root))
 
 
 @functools.lru_cache(maxsize=2)

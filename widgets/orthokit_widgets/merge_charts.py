@@ -236,8 +236,9 @@ def recorded_ranking(found: Recorded, family: str, *, yours: float | None, label
         signs += f"; thick: {label}"
     best, last = entries[0], entries[-1]
     first, worst = (told(entry.scores["average"][0], family) for entry in (best, last))
-    seeds = max(entry.seeds for entry in entries)
-    spread = f"{seeds} seeds, bars: 95 % interval" if seeds > 1 else "one seed"
+    fewest, most = (pick(entry.seeds for entry in entries) for pick in (min, max))
+    seeds = str(most) if fewest == most else f"{fewest} to {most}"
+    spread = f"{seeds} seeds, bars: 95 % interval" if most > 1 else "one seed"
     said = f"{best.label} {first} is highest, {last.label} {worst} lowest ({spread})."
     every = [at for trace in data for at in trace["x"]]
     every += [end for mean in means for end in mean if math.isfinite(end)]

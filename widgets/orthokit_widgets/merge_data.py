@@ -21,7 +21,7 @@ from orthokit.lab import FAMILIES
 from orthokit.lab.families import Expert
 from orthokit.lab.pretrained import sentence_files
 from orthokit.merging import MergeLine
-from orthokit.studies import evidence_root, load_evidence
+from orthokit.studies import evidence_stamp, load_evidence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -300,12 +300,7 @@ def recorded(root: str | Path | None = None) -> tuple[Mapping[str, Recorded], st
     Returns:
         Family to its record, and why there is none; one of the two is empty.
     """
-    folder = evidence_root() if root is None else Path(root)
-    try:
-        stamp = (folder / "merging" / "results.csv").stat().st_mtime_ns
-    except OSError:
-        stamp = 0
-    return _recorded(str(folder), stamp)
+    return _recorded(*evidence_stamp("merging", root=root))
 
 
 @functools.lru_cache(maxsize=2)

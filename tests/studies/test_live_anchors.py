@@ -9,7 +9,8 @@ from merging_record import LAW, SEEDS, merging_record
 
 from orthokit.errors import OptionError, UnknownNameError
 from orthokit.merging import construct_anchors
-from orthokit.studies.anchor_trials import (
+from orthokit.studies.dual_anchors import ANCHOR_TASKS, anchor_experts, anchor_inputs
+from orthokit.studies.live_anchors import (
     ANCHOR_FINDINGS,
     ANCHOR_QUESTIONS,
     AnchorTrials,
@@ -21,7 +22,6 @@ from orthokit.studies.anchor_trials import (
     anchor_record,
     anchor_trials,
 )
-from orthokit.studies.dual_anchors import ANCHOR_TASKS, anchor_experts, anchor_inputs
 
 
 @pytest.fixture(scope="module")
