@@ -79,14 +79,14 @@ def test_a_bad_request_is_one_sentence_and_exit_code_2(sources, capsys, argument
 
 
 def test_help_and_version(capsys):
-    for command in ("report", "run", "study", "merge", "ledger", "audit", ""):
+    for command in ("report", "run", "study", "inspect", "merge", "ledger", "audit", ""):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"] if command else ["--help"])
         assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("report", "run", "study", "merge", "dash", "runs", "ledger", "audit", "doctor"):
+    for command in ("report", "run", "study", "inspect", "merge", "dash", "runs", "ledger", "audit", "doctor"):
         assert f"\n    {command} " in shown
-    for later in ("sweep", "inspect"):
+    for later in ("sweep",):
         assert f"\n    {later} " not in shown
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -15,8 +15,9 @@ from torch import Tensor
 from orthokit.checkpoints._files import memory as memory_of
 from orthokit.checkpoints._files import read_at
 from orthokit.checkpoints._folders import INDEX, SINGLE, WEIGHTS, few, model_files, weight_map
-from orthokit.checkpoints._gguf_blocks import BLOCKS, dequantize
+from orthokit.checkpoints._gguf_blocks import BLOCKS, block_rounding, dequantize
 from orthokit.checkpoints._header import Header, Place, read_header
+from orthokit.checkpoints._rounding import rounding_error
 from orthokit.checkpoints.gguf import MAGIC, read_gguf
 from orthokit.checkpoints.torch_files import is_torch, read_torch
 from orthokit.errors import CheckpointError, OptionError, unknown_name
@@ -147,6 +148,36 @@ class Checkpoint:
             return self._other(name, part)
         return self._plain(name, part, torch.empty(part.bytes, dtype=torch.uint8))
 
+    def rounding(self, name: str, *, tensor: Tensor | None = None) -> float:
+        r"""The error that the numbers of a tensor have because the file keeps them as it does, root mean square.
+
+        .. math:: \sqrt{\mathrm{mean}(\mathrm{step}^2) / 12}
+
+        with the distance to the next number of the type, or in GGUF the distance of the levels of each block.
+
+        Args:
+            name: One of :meth:`names`.
+            tensor: What :meth:`tensor` gave, if it is at hand: a plain one is then not read again.
+
+        Returns:
+            In the units of the numbers; 0 for whole numbers and truth values, which are exact.
+
+        Raises:
+            UnknownNameError, CheckpointError: As of :meth:`tensor`.
+
+        Numerics:
+            Errors are taken as uniform within half a step, which is right to 4 % for Gaussian numbers in the types of
+            32; what an encoder of the others gains by a search for its scales is not known. Nor is what came before the
+            file: float32 numbers that were once bfloat16 count as float32.
+
+        References:
+            B. Widrow, I. Kollar (2008), Quantization Noise, for ``step^2 / 12``.
+        """
+        place = self._place(name)
+        if place.stored is not None:
+            return block_rounding(self._blocks(name, place), place.stored)
+        return rounding_error(self.tensor(name) if tensor is None else tensor, place.dtype)
+
     def close(self) -> None:
         """Close the files; the tensors that were read stay."""
         self._held = {}
@@ -190,20 +221,24 @@ class Checkpoint:
 
     def _other(self, name: str, place: Place) -> Tensor:
         """A tensor that torch has mapped, or the numbers of one in blocks."""
-        if place.stored is not None and place.stored not in BLOCKS:
-            raise CheckpointError(
-                f"{name!r} in {place.file} is {place.stored}, which is not read; read are plain tensors and the GGUF "
-                f"types {', '.join(BLOCKS)}. Convert it to one of them."
-            )
         if place.stored is not None:
-            raw = torch.empty(place.bytes, dtype=torch.uint8)
-            self._read(place, raw)
-            return dequantize(raw, place.stored).view(place.shape)
+            return dequantize(self._blocks(name, place), place.stored).view(place.shape)
         # A mapped page that the file no longer has would end the process.
         if os.fstat(self._handle(place)).st_size < self._lengths[place.file]:
             raise CheckpointError(f"{place.file} became shorter while it was open; copy it again.")
         # A conjugate or a negative may be a mark on a tensor rather than numbers.
         return _true_or_false(name, place, self._held[name].detach().resolve_conj().resolve_neg())
+
+    def _blocks(self, name: str, place: Place) -> Tensor:
+        """The bytes of a quantised tensor."""
+        if place.stored not in BLOCKS:
+            raise CheckpointError(
+                f"{name!r} in {place.file} is {place.stored}, which is not read; read are plain tensors and the GGUF "
+                f"types {', '.join(BLOCKS)}. Convert it to one of them."
+            )
+        raw = torch.empty(place.bytes, dtype=torch.uint8)
+        self._read(place, raw)
+        return raw
 
     def _handle(self, place: Place) -> int:
         if place.file not in self._open:

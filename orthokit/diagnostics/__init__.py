@@ -13,20 +13,16 @@ from orthokit.diagnostics.activations import (
     subspace_distance,
 )
 from orthokit.diagnostics.bounds import GapBounds, gap_theorem_bounds, gap_theorem_window, wedin_bound, weyl_bounds
+from orthokit.diagnostics.bulk import BulkFit, bulk_fit, marchenko_pastur_cdf, marchenko_pastur_quantile
+from orthokit.diagnostics.change import WeightChange, random_rotation_fraction, weight_change
 from orthokit.diagnostics.concentration import Concentration, concentration, token_entropy, top_k_mass
 from orthokit.diagnostics.drift import CapabilityDrift, capability_drift
 from orthokit.diagnostics.energy import expected_energy, hyperspherical_energy, projected_energy, simplex_energy
-from orthokit.diagnostics.features import (
-    DecayFit,
-    PowerLaw,
-    alpha_req,
-    decay_fit,
-    feature_values,
-    power_law_alpha,
-    rankme,
-)
+from orthokit.diagnostics.entries import EntryStats, LineNorms, entry_stats, noise_floor, rounding_noise
+from orthokit.diagnostics.features import DecayFit, alpha_req, decay_fit, feature_values, rankme
 from orthokit.diagnostics.forgetting import ForgettingMatrix, forgetting_matrix
 from orthokit.diagnostics.front import hypervolume, pareto_front
+from orthokit.diagnostics.inspection import COLUMNS, GROUPS, Column, Inspection, InspectionProgress, inspect
 from orthokit.diagnostics.momentum import (
     alignment,
     beta_for_window,
@@ -63,14 +59,24 @@ from orthokit.diagnostics.safe_step import SafeStep, StepController, logit_slope
 from orthokit.diagnostics.spectrum import effective_rank, low_rank_part, spectrum, stable_rank
 from orthokit.diagnostics.subspace import principal_angles, subspace_error, top_subspace
 from orthokit.diagnostics.synthetic import SignalPlusPerturbation, published_sigmas, published_strengths
+from orthokit.diagnostics.tail import PowerLaw, power_law_alpha, tail_fit
+from orthokit.diagnostics.verdict import describe_changes, verdict
 
 __all__ = [
+    "COLUMNS",
+    "GROUPS",
     "ActivationGeometry",
+    "BulkFit",
     "CapabilityDrift",
+    "Column",
     "Concentration",
     "DecayFit",
+    "EntryStats",
     "ForgettingMatrix",
     "GapBounds",
+    "Inspection",
+    "InspectionProgress",
+    "LineNorms",
     "Monitor",
     "Pointwise",
     "PowerLaw",
@@ -78,6 +84,7 @@ __all__ = [
     "SignalPlusPerturbation",
     "StepController",
     "ThinSVD",
+    "WeightChange",
     "WeightProfiles",
     "activation_geometry",
     "adaptation_profile",
@@ -85,12 +92,15 @@ __all__ = [
     "alpha_req",
     "beta_for_window",
     "buffer_noise",
+    "bulk_fit",
     "capability_drift",
     "collect_activations",
     "concentration",
     "decay_fit",
+    "describe_changes",
     "effective_rank",
     "effective_samples",
+    "entry_stats",
     "expected_energy",
     "feature_values",
     "fluctuation",
@@ -100,11 +110,15 @@ __all__ = [
     "gram_distortion",
     "hyperspherical_energy",
     "hypervolume",
+    "inspect",
     "linear_cka",
     "logit_slopes",
     "low_rank_part",
+    "marchenko_pastur_cdf",
+    "marchenko_pastur_quantile",
     "momentum_buffers",
     "noise_edge",
+    "noise_floor",
     "noise_suppression",
     "pareto_front",
     "pipelines",
@@ -116,11 +130,13 @@ __all__ = [
     "projected_energy",
     "published_sigmas",
     "published_strengths",
+    "random_rotation_fraction",
     "rank_one_alignment",
     "rankme",
     "raw_distance",
     "retention_drift",
     "retention_profile",
+    "rounding_noise",
     "safe_radius",
     "safe_step_radius",
     "signal_persistence",
@@ -134,11 +150,14 @@ __all__ = [
     "subspace_distance",
     "subspace_error",
     "survival_threshold",
+    "tail_fit",
     "thin_svd",
     "token_entropy",
     "top_k_mass",
     "top_subspace",
+    "verdict",
     "wedin_bound",
+    "weight_change",
     "weight_profiles",
     "weyl_bounds",
     "white_noise_suppression",

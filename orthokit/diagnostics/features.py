@@ -1,8 +1,7 @@
-r"""How features and weights spread over directions: RankMe, the decay exponent of a spectrum, power-law tails."""
+r"""How features spread over directions: RankMe and the decay exponent of a spectrum."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,15 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
-from orthokit.linalg import singular_values
 from orthokit.linalg._check import check_finite, check_matrix
 
-__all__ = ["DecayFit", "PowerLaw", "alpha_req", "decay_fit", "feature_values", "power_law_alpha", "rankme"]
+__all__ = ["DecayFit", "alpha_req", "decay_fit", "feature_values", "rankme"]
 
 # Fewer points than this are no line.
 _FEWEST = 5
-# Tails tried at once: blocks of candidates against all eigenvalues, so that no k x k table is needed.
-_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -41,37 +37,6 @@ class DecayFit:
     last: int
     shrunk: bool
     r2: float
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """A power-law tail of the eigenvalues of ``W^T W``: density ``~ lambda^(-alpha)`` above ``xmin``.
-
-    Args:
-        alpha: Exponent of the density; infinite if the tail is one repeated value.
-        xmin: Smallest eigenvalue of the tail.
-        distance: Kolmogorov-Smirnov distance between tail and law, in [0, 1].
-        tail: Eigenvalues in the tail.
-        values: Nonzero eigenvalues in all.
-        largest: Largest eigenvalue.
-    """
-
-    alpha: float
-    xmin: float
-    distance: float
-    tail: int
-    values: int
-    largest: float
-
-    @property
-    def enough(self) -> bool:
-        """Whether there are the 50 eigenvalues below which the exponent means little."""
-        return self.values >= 50
-
-    @property
-    def weighted(self) -> float:
-        """``alpha log10(largest eigenvalue)``, the scale-aware variant."""
-        return self.alpha * math.log10(self.largest)
 
 
 def feature_values(
@@ -257,87 +222,3 @@ def decay_fit(values: Tensor, *, first: int = 5, last: int = 99) -> DecayFit:
     scale = ((w * y).sum() - slope * (w * x).sum()).exp()
     r2 = 1 - (left / spread).item() if spread > 0 else 1.0
     return DecayFit(-slope.item(), scale.item(), first, end, end < last, r2)
-
-
-def power_law_alpha(W: Float[Tensor, "out in"], *, fewest: int = 10) -> PowerLaw:
-    r"""The exponent of the heavy tail of a weight matrix's spectrum, its start chosen by the data.
-
-    .. math:: \alpha = 1 + n \Big/ \sum_{\lambda_j \ge \lambda_{min}} \log(\lambda_j / \lambda_{min})
-
-    over the eigenvalues of :math:`W^\top W`, with the :math:`\lambda_{min}` among them whose law is closest to its tail
-    in Kolmogorov-Smirnov distance.
-
-    Args:
-        W: Matrix, shape ``(out, in)``.
-        fewest: Smallest tail that is tried, ``>= 2``; default 10. Below about 50 eigenvalues in all the exponent means
-            little: see ``enough`` of the result.
-
-    Returns:
-        :class:`PowerLaw`. About 2 in well-trained layers of large models, 2 to 6 is called healthy, above 6 weakly
-        trained; that is a rule of thumb.
-
-    Raises:
-        OptionError: ``fewest`` below 2, or fewer nonzero eigenvalues than that.
-        ShapeError, DtypeError, NonFiniteError: As :func:`~orthokit.diagnostics.spectrum`.
-
-    Example:
-        Eigenvalues at the quantiles of a law with exponent 3:
-
-        >>> q = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
-        >>> fit = power_law_alpha(torch.diag((1 - q) ** -0.25))
-        >>> abs(fit.alpha - 3) < 0.05, fit.enough
-        (True, True)
-
-    Numerics:
-        float64 singular values, squared; eigenvalues within rounding error of zero are left out. Every eigenvalue that
-        leaves a tail of ``fewest`` is tried, ``k^2`` operations for ``k`` eigenvalues.
-
-    References:
-        A. Clauset, C. Shalizi, M. Newman, Power-law distributions in empirical data, arXiv 0706.1062, sections 3.1 and
-        3.3; C. Martin, M. Mahoney, arXiv 1810.01075, for weights. The distance is taken on both sides of every step of
-        the empirical distribution.
-    """
-    if fewest < 2:
-        raise OptionError(f"fewest must be an integer >= 2; got {fewest}.")
-    if W.ndim != 2:
-        raise ShapeError(f"W must be one matrix (out, in); got shape {tuple(W.shape)}.")
-    if W.is_complex() or not W.is_floating_point():
-        raise DtypeError(f"W must be real floating; got {W.dtype}. Convert it with .float() first.")
-    sigma = singular_values(W.detach() if W.device.type == "mps" else W.detach().double()).double()
-    floor = (
-        max(W.shape) * torch.finfo(torch.promote_types(W.dtype, torch.float32)).eps * sigma.max() if len(sigma) else 0
-    )
-    values = sigma[sigma > floor].square().flip(0)
-    if len(values) < fewest:
-        raise OptionError(
-            f"a tail needs at least fewest={fewest} nonzero eigenvalues; W of shape {tuple(W.shape)} has {len(values)}."
-        )
-    logs = values.log()
-    counts = torch.arange(len(logs), 0, -1, dtype=torch.float64, device=logs.device)
-    # Sums of log(lambda_j / lambda_min) over the tail, as sums of differences: exactly 0 for a repeated value.
-    gaps = torch.cat([logs.diff() * counts[1:], logs.new_zeros(1)])
-    alphas = (1 + counts / gaps.flip(0).cumsum(0).flip(0))[: len(logs) - fewest + 1]
-    distances = torch.cat([_distances(logs, alphas, start) for start in range(0, len(alphas), _BLOCK)])
-    best = int(distances.argmin())
-    return PowerLaw(
-        alpha=alphas[best].item(),
-        xmin=values[best].item(),
-        distance=distances[best].item(),
-        tail=len(values) - best,
-        values=len(values),
-        largest=values[-1].item(),
-    )
-
-
-def _distances(logs: Tensor, alphas: Tensor, start: int) -> Tensor:
-    """Kolmogorov-Smirnov distances of the laws that begin at the eigenvalues from ``start`` on, one block of them."""
-    stop = min(start + _BLOCK, len(alphas))
-    # In float64, since a ratio of integer tensors would be float32.
-    j = torch.arange(start, stop, dtype=torch.float64, device=logs.device)[:, None]
-    behind = torch.arange(len(logs), device=logs.device)[None, :] - j  # place in the tail, negative before it
-    n = len(logs) - j
-    above = (logs[None, :] - logs[start:stop, None]).clamp(min=0)
-    # An infinite exponent times a zero logarithm is the start of the law: nothing lies below it.
-    cdf = -torch.expm1(torch.nan_to_num((1 - alphas[start:stop, None]) * above, nan=0.0))
-    gap = torch.maximum((cdf - behind / n).abs(), (cdf - (behind + 1) / n).abs())
-    return torch.where(behind >= 0, gap, 0.0).amax(1)

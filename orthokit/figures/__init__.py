@@ -4,6 +4,7 @@ from orthokit.figures.adapter_rates import loss_by_budget, rates_by_block, tuned
 from orthokit.figures.adapters import kept_and_broken, requantised, step_costs
 from orthokit.figures.anchors import anchor_alignment, anchor_overlap, anchor_spectra, loss_landscape
 from orthokit.figures.arena import correlation_forest, direction_profiles, distortion_scatter, layer_map
+from orthokit.figures.checkpoint_spectra import density_with_law, inspection_spectra
 from orthokit.figures.coefficients import accuracy_cost, before_after, scaling_ranges, table_maps
 from orthokit.figures.continual import forgetting_matrices, penalty_weights
 from orthokit.figures.curves import loss_curves, scalar_history
@@ -20,6 +21,7 @@ from orthokit.figures.display import (
 from orthokit.figures.energy import energy_by_dimension, energy_by_matrix, energy_change, energy_pairs, sphere
 from orthokit.figures.front import rates_and_scores, stability_plasticity, ways_back
 from orthokit.figures.gap import gap_by_beta, gap_heatmap
+from orthokit.figures.inspection import inspection_compare, inspection_depth, inspection_map
 from orthokit.figures.intervals import mean_interval, t_quantile
 from orthokit.figures.maps import error_laws, error_parity, map_adviser, merge_drift, singular_values_by_angle
 from orthokit.figures.merging import MERGE_VALUES, merge_energies, merge_map
@@ -71,6 +73,7 @@ __all__ = [
     "browser_path",
     "coefficient_map",
     "correlation_forest",
+    "density_with_law",
     "direction_profiles",
     "distortion_scatter",
     "drift_budget",
@@ -86,6 +89,10 @@ __all__ = [
     "forgetting_matrices",
     "gap_by_beta",
     "gap_heatmap",
+    "inspection_compare",
+    "inspection_depth",
+    "inspection_map",
+    "inspection_spectra",
     "kept_and_broken",
     "layer_map",
     "loss_by_budget",

@@ -27,6 +27,8 @@ _MOST_POLISH = 4
 _POWER_STEPS, _POWER_HEADROOM = 8, 1.1
 # From which side on (below, calls are what costs), and with which share of the constant left, a quadratic is a square.
 _LARGE, _KEPT = 128, 0.15
+# And for one matrix by itself that is not much wider than tall: a batch has more work for each call.
+_LARGE_ALONE = 320
 # Up to which side the few calls of small matrices go on in float32, which rounds their division by the norm far less.
 _FEW_CALLS_FLOAT32 = 160
 # From which longer over shorter side on two steps are made of one Gram matrix: six products of the short side take the
@@ -102,7 +104,8 @@ def iterate(
         return torch.bmm(X, factor, out=target()) if tall else torch.bmm(factor, X, out=target())
 
     A, B = borrow("gram", small), borrow("factor", small)
-    large = _FEW_CALLS_FLOAT32 if X.dtype == torch.float32 else _LARGE
+    alone = X.shape[0] == 1 and max(X.shape[-2:]) < _PAIRED * small[-1]
+    large = _FEW_CALLS_FLOAT32 if X.dtype == torch.float32 else _LARGE_ALONE if alone else _LARGE
     if small[-1] < large and scaling == "frobenius":
         other = borrow("kept", tuple(X.shape)) if keep else X
         turns = (borrow("turn", tuple(X.shape)), other if lend else None)

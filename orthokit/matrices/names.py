@@ -1,4 +1,4 @@
-"""What parameter names mean: the vocabulary of Hugging Face, timm, nanoGPT and plain PyTorch models."""
+"""What parameter names mean: the vocabulary of Hugging Face, timm, nanoGPT, GGUF and plain PyTorch models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 # Tables that are indexed by token, position or type. "patch_embed.proj" does not match: its role is "proj".
 EMBEDDING = re.compile(
     r"(wte|wpe|shared|embed_(tokens|positions|in|layer)|relative_attention_bias|\w*position_bias_table"
-    r"|(\w+_)?(embed|embeds|embedding|embeddings|emb|embs)(_table)?|\w*embedding_table)$",
+    r"|(\w+_)?(embed|embeds|embedding|embeddings|emb|embs|embd)(_table)?|\w*embedding_table|token_types)$",
     re.IGNORECASE,
 )
 POSITION = re.compile(r"(wpe|\w*pos\w*|token_type\w*|relative\w*)$", re.IGNORECASE)
@@ -44,12 +44,12 @@ INTERLEAVED_QKV = re.compile(r"query_key_value$")
 FUSED_KV = re.compile(r"(kv|kv_proj|wkv|to_kv|key_value|c_attn)$", re.IGNORECASE)
 FUSED_GATE = re.compile(r"(gate_up_proj|gate_up|gate_and_up_proj|gate_proj_up_proj)$", re.IGNORECASE)
 
-QUERY = re.compile(r"(q|q_proj|query|query_proj|wq|to_q|q_lin|q_proj_weight|q_attn|linear_q)$", re.IGNORECASE)
+QUERY = re.compile(r"(q|q_proj|query|query_proj|wq|to_q|q_lin|q_proj_weight|q_attn|attn_q|linear_q)$", re.IGNORECASE)
 KEY_VALUE = re.compile(
-    r"([kv]|[kv]_proj|key|value|key_proj|value_proj|w[kv]|to_[kv]|[kv]_lin|[kv]_proj_weight|linear_[kv])$",
+    r"([kv]|[kv]_proj|key|value|key_proj|value_proj|w[kv]|to_[kv]|[kv]_lin|[kv]_proj_weight|attn_[kv]|linear_[kv])$",
     re.IGNORECASE,
 )
-_OUTPUT = re.compile(r"(o|o_proj|out_proj|wo|to_out|out_lin|linear_out)$", re.IGNORECASE)
+_OUTPUT = re.compile(r"(o|o_proj|out_proj|wo|to_out|out_lin|attn_output|linear_out)$", re.IGNORECASE)
 _ATTENTION = re.compile(r"\w*(attn|attention)\w*$", re.IGNORECASE)
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthokit._threads import clock, run_bounded
 from orthokit.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
 from orthokit.errors import OptionError
 from orthokit.merging._beside import files_beside
 from orthokit.merging._matching import Matched, Rename, matched
-from orthokit.merging._stream import MergeProgress, clock, run_bounded
+from orthokit.merging._stream import MergeProgress
 from orthokit.merging.recipe import check_same, mergeable
 
 __all__ = ["MergeOne", "MergedFiles", "merge_files", "signature_of"]

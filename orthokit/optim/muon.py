@@ -323,13 +323,18 @@ class Muon(MatrixOptimizer):
         weights = chunk.of([piece.parameter for piece in chunk])
         dtype = weights[0].dtype
         if group["order"] == "post" or _quick(weights):
-            if directions.dtype != dtype:
+            # A single block is cast as it is added; a list of two dtypes would go one by one.
+            alone = len(weights) == 1 and group["order"] != "post" and rule == "decoupled"
+            if directions.dtype != dtype and not alone:
                 directions = self._room("joined", directions, dtype).copy_(directions)
             parts = chunk.split(directions)
             if group["order"] == "post":
                 parts = self._filtered(chunk, parts, group)
             decay(weights, parts, rate=rate, rule=rule)
-            torch._foreach_add_(weights, parts, alpha=-lr * ratio)
+            if alone:
+                weights[0].add_(parts[0], alpha=-lr * ratio)
+            else:
+                torch._foreach_add_(weights, parts, alpha=-lr * ratio)
         else:
             scratch = self._room("scratch", max(weights, key=Tensor.numel)).view(-1)
             for whole, factor in zip(weights, chunk.split(directions), strict=True):

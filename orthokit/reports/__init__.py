@@ -2,6 +2,7 @@
 
 from orthokit.figures.intervals import mean_interval
 from orthokit.reports.claims import Claim, Ledger, decide, read_metrics, record_metrics
+from orthokit.reports.inspection import inspection_page
 from orthokit.reports.notebook import SIZES, Setup, setup
 from orthokit.reports.reading import Claims, Reading, reading
 from orthokit.reports.runner import Report, report
@@ -21,6 +22,7 @@ __all__ = [
     "Status",
     "decide",
     "find_notebooks",
+    "inspection_page",
     "mean_interval",
     "read_metrics",
     "read_source",

@@ -71,7 +71,7 @@ def source_hash(patterns: Sequence[str] = ("**/*.py",)) -> str:
     """
     root = Path(orthokit.__file__).parent
     # What draws, reports and talks to people sits above the studies and cannot change what they measure.
-    above = ("figures", "reports", "cli.py", "doctor.py", "__init__.py")
+    above = ("figures", "reports", "cli", "doctor.py", "__init__.py")
     found = {pattern: list(root.glob(pattern)) for pattern in patterns}
     if missing := [pattern for pattern, paths in found.items() if not paths]:
         raise ReportError(f"no file of the library fits {', '.join(missing)}; the study names what it depends on.")

@@ -1,4 +1,4 @@
-"""RankMe, decay exponents and power-law tails: against their formulas, known laws, published values, and errors."""
+"""RankMe and decay exponents: against their formulas, known laws, published values, and errors."""
 
 import math
 
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthokit.diagnostics import effective_rank, features
-from orthokit.diagnostics.features import alpha_req, decay_fit, feature_values, power_law_alpha, rankme
+from orthokit.diagnostics import effective_rank
+from orthokit.diagnostics.features import alpha_req, decay_fit, feature_values, rankme
 from orthokit.errors import DtypeError, NonFiniteError, OptionError, ShapeError, UnknownNameError
 from orthokit.linalg import random_orthogonal
 
@@ -141,58 +141,6 @@ def test_a_shift_of_all_samples_changes_nothing_unless_asked():
     assert alpha_req(Z + 100, first=1, centre=False).item() > alpha_req(Z, first=1).item() + 0.5
 
 
-def power_law_reference(W, fewest=10):
-    """Every start in turn, exponent and distance by their definitions."""
-    values = np.sort(np.linalg.svd(W.double().numpy(), compute_uv=False) ** 2)
-    best = (math.inf, 0.0, 0.0, 0)
-    for start in range(len(values) - fewest + 1):
-        tail = values[start:]
-        n = len(tail)
-        alpha = 1 + n / np.log(tail / tail[0]).sum()
-        law = 1 - (tail / tail[0]) ** (1 - alpha)
-        steps = np.arange(n)
-        distance = max(np.abs(law - steps / n).max(), np.abs(law - (steps + 1) / n).max())
-        best = min(best, (distance, alpha, tail[0], n))
-    return best
-
-
-@pytest.mark.parametrize("shape", [(40, 40), (15, 60), (60, 12)])
-@pytest.mark.parametrize("block", [256, 4])
-def test_the_tail_is_the_one_a_plain_search_finds(shape, block, monkeypatch):
-    monkeypatch.setattr(features, "_BLOCK", block)
-    W = gaussian(*shape) * torch.linspace(0.2, 2, shape[1], dtype=torch.float64).exp()
-    distance, alpha, xmin, tail = power_law_reference(W)
-    found = power_law_alpha(W)
-    assert (found.distance, found.alpha) == (pytest.approx(distance, rel=1e-8), pytest.approx(alpha, rel=1e-8))
-    assert (found.xmin, found.tail, found.values) == (pytest.approx(xmin), tail, min(shape))
-    assert found.enough == (min(shape) >= 50)
-    largest = torch.linalg.matrix_norm(W, ord=2).item() ** 2
-    assert found.weighted == pytest.approx(found.alpha * math.log10(largest))
-    assert power_law_alpha(W.mT).alpha == pytest.approx(found.alpha)
-
-
-@pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])
-def test_the_exponent_of_a_known_law_is_recovered_above_a_bulk(alpha):
-    n = 400
-    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tail = 3 * (1 - u) ** (-1 / (alpha - 1))
-    bulk = torch.linspace(0.5, 2.9, 60, dtype=torch.float64)
-    W = rotation(n + 60) * torch.cat([bulk, tail]).sqrt()
-    found = power_law_alpha(W)
-    assert found.alpha == pytest.approx(alpha, rel=0.03)
-    assert found.distance < 0.02 and found.tail <= n + 5
-    assert power_law_alpha(7 * W).alpha == pytest.approx(found.alpha, rel=1e-6)
-    assert power_law_alpha(7 * W).xmin == pytest.approx(49 * found.xmin, rel=1e-6)
-
-
-def test_equal_singular_values_have_no_tail_and_rounding_is_no_eigenvalue():
-    found = power_law_alpha(torch.eye(30))
-    assert found.alpha == math.inf and found.distance == 1 and found.tail == 30
-    low = (gaussian(80, 20) @ gaussian(20, 70, seed=1)).float()
-    assert power_law_alpha(low).values == 20
-    assert power_law_alpha(gaussian(60, 60, dtype=torch.bfloat16)).values >= 58
-
-
 def test_bad_input_is_named(unchecked):
     Z = gaussian(20, 6)
     for measure in (rankme, feature_values, alpha_req):
@@ -222,15 +170,3 @@ def test_bad_input_is_named(unchecked):
         decay_fit(Z[0, :0])
     with pytest.raises(NonFiniteError, match="values must be finite"):
         decay_fit(Z[0] / 0)
-    with pytest.raises(OptionError, match=r"fewest=10 nonzero eigenvalues; W of shape \(20, 6\) has 6"):
-        power_law_alpha(Z)
-    with pytest.raises(OptionError, match="has 0"):
-        power_law_alpha(torch.zeros(20, 20))
-    with pytest.raises(OptionError, match="fewest must be an integer >= 2"):
-        power_law_alpha(Z, fewest=1)
-    with pytest.raises(ShapeError, match="one matrix"):
-        power_law_alpha(Z[None])
-    with pytest.raises(DtypeError, match="W must be real floating"):
-        power_law_alpha(Z.long())
-    with pytest.raises(NonFiniteError, match="must be finite"):
-        power_law_alpha(Z / 0)

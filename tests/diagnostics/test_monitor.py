@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from orthokit.diagnostics import _live, bulk_fit, power_law_alpha
 from orthokit.diagnostics._budget import Budget
+from orthokit.diagnostics._live import DERIVED
 from orthokit.diagnostics.energy import expected_energy, hyperspherical_energy
 from orthokit.diagnostics.momentum import alignment, spectral_gap
-from orthokit.diagnostics.monitor import QUANTITIES, Monitor
-from orthokit.diagnostics.spectrum import spectrum, stable_rank
+from orthokit.diagnostics.monitor import QUANTITIES, USUAL, Monitor
+from orthokit.diagnostics.spectrum import effective_rank, spectrum, stable_rank
 from orthokit.errors import DtypeError, NothingMatchedWarning, OptionError, UnknownNameError
-from orthokit.linalg import polar
+from orthokit.linalg import polar, random_orthogonal, singular_values
 from orthokit.matrices import matrices
 
 
@@ -33,6 +35,17 @@ class Clock:
 def small_model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+
+
+def heavy_model() -> nn.Sequential:
+    """Its middle weight has eigenvalues that follow a power law with exponent 3."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 70), nn.Tanh(), nn.Linear(70, 70), nn.Tanh(), nn.Linear(70, 6))
+    generator = torch.Generator().manual_seed(0)
+    U, V = (random_orthogonal(70, 70, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        model[2].weight.copy_(0.1 * U * (1 - (torch.arange(70) + 0.5) / 70) ** -0.25 @ V)
+    return model
 
 
 def train(model: nn.Module, optimizer, steps: int, *, monitor: Monitor | None = None, seed: int = 0) -> list:
@@ -291,11 +304,76 @@ def test_a_bad_gradient_does_not_poison_the_signal_for_good():
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_one_quantity_alone(quantity):
-    model = small_model()
+    model = heavy_model()
     optimizer = optimizers(model)["momentum"]
     looks = train(model, optimizer, 11, monitor=Monitor(model, optimizer, every=1, budget=1.0, quantities=[quantity]))
-    wanted = {"gap": {"gap", "gap_ratio", "momentum_spectrum"}}.get(quantity, {quantity})
-    assert set(looks[-1][0]) == {"step", "matrix"} | wanted
+    wanted = {"gap": {"gap", "gap_ratio", "momentum_spectrum"}, "edge": {"mp_edge", "above_edge"}}
+    assert set(looks[-1][1]) == {"step", "matrix"} | wanted.get(quantity, {quantity})
+
+
+def test_what_follows_from_the_spectrum_is_what_an_inspection_measures():
+    model = heavy_model()
+    monitor = Monitor(model, quantities=[*DERIVED, "spectrum"])
+    rows = monitor.observe(0)
+    assert rows is not None
+    W = model[2].weight.detach()
+    sigma = torch.linalg.svdvals(W.double())
+    bulk, tail = bulk_fit(sigma, shape=(70, 70)), power_law_alpha(W)
+    row = rows[1]
+    scalars = {"effective_rank", "condition", "orthogonality_error", "mp_edge", "above_edge", "alpha"}
+    assert set(row) == {"step", "matrix", "spectrum"} | scalars
+    assert row["effective_rank"] == pytest.approx(effective_rank(W.double()).item(), rel=1e-5)
+    assert row["condition"] == pytest.approx(torch.linalg.cond(W.double()).item(), rel=1e-3)
+    error = (1 - sigma.sum() ** 2 / (70 * sigma.square().sum())).sqrt().item()
+    assert row["orthogonality_error"] == pytest.approx(error, rel=1e-5)
+    assert (row["mp_edge"], row["above_edge"]) == (pytest.approx(bulk.edge, rel=1e-5), bulk.above)
+    assert tail.refused is None and row["alpha"] == pytest.approx(tail.alpha, rel=1e-4)
+    frame = monitor.frame()
+    assert set(frame["quantity"]) == scalars
+    alphas = frame[frame["quantity"] == "alpha"]
+    assert list(alphas["matrix"]) == ["2.weight"] and alphas["value"].item() == row["alpha"]
+
+
+def test_one_decomposition_of_a_weight_serves_all_quantities(monkeypatch):
+    calls = []
+
+    def counted(W, *, method="svd"):
+        calls.append(method)
+        return singular_values(W, method=method)
+
+    monkeypatch.setattr(_live, "singular_values", counted)
+    Monitor(heavy_model(), quantities=["spectrum", "stable_rank", *DERIVED]).observe(0)
+    assert calls == ["gram64"] * 3
+    Monitor(heavy_model()).observe(0)
+    assert calls[3:] == ["gram"] * 3
+
+
+def test_what_has_no_exponent_or_bulk_or_condition_is_left_out_and_noted_once():
+    model = heavy_model()
+    with torch.no_grad():
+        model[2].weight.normal_(generator=torch.Generator().manual_seed(0))
+        model[4].weight[1] = model[4].weight[0]
+    monitor = Monitor(model, every=1, budget=1.0, quantities=list(DERIVED))
+    for step in range(3):
+        rows = monitor.observe(step)
+        assert rows is not None
+        assert "alpha" not in rows[1] and rows[1]["above_edge"] == 0
+        assert "mp_edge" not in rows[2] and "condition" not in rows[2] and "orthogonality_error" in rows[2]
+        with torch.no_grad():  # other numbers in the reasons
+            model[2].weight += 0.1 * torch.randn(70, 70, generator=torch.Generator().manual_seed(step))
+    started = [note.split(" of ")[0] for note in monitor.notes]
+    assert sorted(started) == ["alpha", "condition", "edge"]
+    with torch.no_grad():
+        model[2].weight.zero_()
+    rows = monitor.observe(3)
+    assert rows is not None and rows[1] == {"step": 3, "matrix": "2.weight", "effective_rank": 0.0}
+    assert sum(note.startswith("orthogonality_error") for note in monitor.notes) == 1
+
+
+def test_the_usual_quantities_are_the_first_five_and_the_rest_has_to_be_asked_for():
+    assert USUAL == ("spectrum", "stable_rank", "energy", "gap", "alignment") and (*USUAL, *DERIVED) == QUANTITIES
+    model = small_model()
+    assert Monitor(model, optimizers(model)["momentum"]).quantities == USUAL
 
 
 @pytest.mark.parametrize("rank", [6, 7])

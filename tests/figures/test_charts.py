@@ -18,7 +18,7 @@ PANELS = ("energy_by_matrix", "table_maps", "before_after", "accuracy_cost", "fo
 BY_NAME = {"race_ranking": "yaxis", "drift_causes": "yaxis", "memory_modes": "xaxis"} | dict.fromkeys(
     (
         *("kept_and_broken", "step_costs", "correlation_forest", "layer_map", "phase_forest", "rank_after_finetuning"),
-        *("merge_map", "merge_energies", "merge_scores"),
+        *("merge_map", "merge_energies", "merge_scores", "inspection_map"),
     ),
     "yaxis",
 )
@@ -53,6 +53,15 @@ def charts():
         "error_parity": F.error_parity([1, 2, 3], {"0.3": [0.2, 7e-4, 1.6e-2]}, products=[1, 2, 2]),
         "singular_values_by_angle": F.singular_values_by_angle([0, 1, 2], {"a": [1, 0, 3]}, measured={"a": ([1], [0])}),
         "merge_drift": F.merge_drift([0, 9], {"a": rng.random((3, 2)), "b": [0, -1]}, predicted={"b": [0, -1]}),
+        "inspection_map": F.inspection_map(
+            [{"name": "h.0.q", "layer": 0, "role": "q", "noise": np.nan}, {"name": "embed", "noise": 2.0}], "noise"
+        ),
+        "inspection_depth": F.inspection_depth([{"name": "h.0.q", "layer": 0, "role": "q", "noise": 0.1}], "noise"),
+        "inspection_compare": F.inspection_compare(
+            {"A": [{"name": "q", "noise": 1.0}], "B": [{"name": "k", "noise": np.inf}]}, "noise"
+        ),
+        "inspection_spectra": F.inspection_spectra({"A": values[0], "B": values[1]}, edges={"A": 0.5, "B": None}),
+        "density_with_law": F.density_with_law(values[0], shape=(8, 9), noise=0.1, edge=0.6),
         "merge_map": F.merge_map([{"name": "q.weight", "rotation_fraction": [0.4, 0.6]}]),
         "merge_energies": F.merge_energies([{"name": "q.weight", "energy_base": 0.7, "energy_merged": 0.8}]),
         "merge_scores": F.merge_scores({"average": {"TA": (80, 79, 81), "FDA": (82, np.nan, np.nan)}}, unit="points"),

@@ -51,11 +51,31 @@ def test_gram_values_are_right_above_the_root_of_epsilon(dtype, seed):
     assert (error <= bound).all()
 
 
-def test_gram_of_a_zero_matrix_is_zero():
-    assert not singular_values(torch.zeros(3, 5), method="gram").any()
+@pytest.mark.parametrize("method", ["gram", "gram64"])
+def test_gram_of_a_zero_matrix_is_zero(method):
+    assert not singular_values(torch.zeros(3, 5), method=method).any()
 
 
-@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (60, 60), (1, 2500), (2500, 3), (2, 30, 20)], ids=str)
+@pytest.mark.parametrize("power", [0.0, 2.0, 4.0])
+def test_gram_in_float64_is_no_worse_than_an_svd_in_float32(shape, power):
+    W = randn(*shape)
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    W = ((U * torch.arange(1, s.shape[-1] + 1, dtype=torch.float64) ** -power) @ Vh).float()
+    exact = torch.linalg.svdvals(W.double())
+    ours, theirs = ((singular_values(W, method=m).double() - exact).abs() / exact[..., :1] for m in ("gram64", "svd"))
+    # 6e-8 is the rounding of the answer to float32.
+    assert ours.max() <= max(float(theirs.max()), 6e-8)
+
+
+def test_gram_in_float64_keeps_small_values_and_the_scale_of_the_matrix():
+    spectrum = [1.0, 1e-2, 1e-4, 1e-5]
+    W = with_spectrum(spectrum).float()
+    found = singular_values(2.0**100 * W, method="gram64").double() / 2.0**100
+    torch.testing.assert_close(found, torch.linalg.svdvals(W.double()), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "gram64"])
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4), (0, 4, 3)], ids=str)
 def test_empty_matrices_have_no_values_and_norm_zero(method, shape):
     W = torch.zeros(shape)

@@ -104,6 +104,20 @@ def test_fused_gpt2_parts_are_the_rows_attention_uses(linear):
         torch.testing.assert_close(table[f"{name}[{label}]"].view(weights[name]) @ x, expected)
 
 
+def test_gguf_by_name():
+    shapes = {"token_embd.weight": (40, 16), "output.weight": (40, 16), "output_norm.weight": (16,)}
+    shapes |= {f"blk.0.{one}.weight": (16, 16) for one in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {"blk.0.ffn_up.weight": (48, 16), "blk.0.ffn_down.weight": (16, 48), "blk.0.attn_norm.weight": (16,)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    table = matrices(weights)
+    assert len(table) == 6 and {block.rule for block in table} == {"linear"}
+    rules = left(table)
+    assert rules["token_embd.weight"] == "embedding" and rules["output.weight"] == "head"
+    assert rules["blk.0.attn_norm.weight"] == "norm"
+    heads = matrices(weights, split_heads=4)
+    assert heads["blk.0.attn_q.weight"].shape == (4, 4, 16) and heads["blk.0.attn_output.weight"].shape == (4, 16, 4)
+
+
 def test_llama_by_name():
     table = matrices(llama())
     assert len(table) == 7 and {block.rule for block in table} == {"linear"}

@@ -26,7 +26,7 @@ from orthokit.errors import (
     UnknownNameError,
 )
 from orthokit.merging import merge
-from orthokit.merging._stream import MergeProgress, run_bounded
+from orthokit.merging._stream import MergeProgress
 from orthokit.merging.files import merge_checkpoints
 
 State = dict[str, Tensor]
@@ -436,25 +436,6 @@ def test_torchs_threads_are_put_back(tmp_path: Path, models: tuple[Path, list[Pa
     before = torch.get_num_threads()
     merge_checkpoints(base, experts, tmp_path / "out", method="linear", threads=4)
     assert torch.get_num_threads() == before
-
-
-def test_large_tensors_are_worked_on_alone_and_small_ones_together() -> None:
-    import threading
-
-    lock, running, together = threading.Lock(), set(), []
-    costs = {f"small{i}": 10 for i in range(20)} | {"large": 1 << 40, "larger": 1 << 41}
-
-    def work(name: str) -> None:
-        with lock:
-            running.add(name)
-            together.append(frozenset(running))
-        with lock:
-            running.discard(name)
-
-    done: list[str] = []
-    run_bounded(work, costs, threads=4, done=done.append)
-    assert sorted(done) == sorted(costs)
-    assert all(len(names) == 1 for names in together if "larger" in names)
 
 
 MEMORY = """
