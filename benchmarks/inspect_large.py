@@ -5,7 +5,6 @@ is looked at in a process of its own: the first look at all of it, and all singu
 it, from which the time of all follows. Peak memory is that above the process with its imports.
 """
 
-import argparse
 import json
 import multiprocessing
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.energy import high_water
-from benchmarks.harness import RESULTS, machine
+from benchmarks.harness import RESULTS, machine, parser
 from orthokit.checkpoints import CheckpointWriter
 from orthokit.diagnostics import inspect
 
@@ -61,13 +60,13 @@ def inspected(path: Path, options: dict[str, Any], threads: int) -> tuple[float,
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run this benchmark and record it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="where the models are written (default: the temporary folder)")
-    parser.add_argument("--layers", type=int, nargs="*", default=list(_LAYERS))
-    parser.add_argument("--width", type=int, default=_WIDTH)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-save", action="store_true", help="only print")
-    asked = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--folder", help="where the models are written (default: the temporary folder)")
+    options.add_argument("--layers", type=int, nargs="*", default=list(_LAYERS), help="of each model")
+    options.add_argument("--width", type=int, default=_WIDTH, help="of the models (default 4096; with --quick 256)")
+    asked = options.parse_args(arguments)
+    if asked.quick:
+        asked.width, asked.layers = 256, [1]
     rows = []
     for layers in asked.layers:
         with tempfile.TemporaryDirectory(dir=asked.folder) as name:
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "models": rows,
     }
     print(json.dumps(found, indent=1))
-    if not asked.no_save:
+    if asked.save:
         (RESULTS / "inspect_large.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -5,7 +5,6 @@ far as the disk allows: with too little room there are fewer layers, which the r
 its peak memory and its time are told beside the size of one model.
 """
 
-import argparse
 import json
 import multiprocessing
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.energy import high_water
-from benchmarks.harness import RESULTS, machine
+from benchmarks.harness import RESULTS, machine, parser
 from orthokit.checkpoints import CheckpointWriter
 from orthokit.merging import merge_checkpoints
 
@@ -68,13 +67,12 @@ def merged(folder: Path, method: str, threads: int) -> tuple[float, float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, object]:
     """Run this benchmark and record it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="where the models are written (default: the temporary folder)")
-    parser.add_argument("--layers", type=int, default=_LAYERS, help="at most so many (default 32)")
-    parser.add_argument("--method", default="task_arithmetic")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-save", action="store_true", help="only print")
-    asked = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--folder", help="where the models are written (default: the temporary folder)")
+    options.add_argument("--layers", type=int, default=_LAYERS, help="at most so many (default 32; with --quick 1)")
+    options.add_argument("--method", default="task_arithmetic")
+    asked = options.parse_args(arguments)
+    asked.layers = 1 if asked.quick else asked.layers
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder, layers = Path(name), asked.layers
         room = shutil.disk_usage(folder).free - 2 * 10**9
@@ -96,7 +94,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         "extra_mib": round(peak),
     }
     print(json.dumps(found, indent=1))
-    if not asked.no_save:
+    if asked.save:
         (RESULTS / "merging_large.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -33,7 +33,7 @@ def test_every_candidate_runs():
 
 
 def test_growth_is_measured_and_the_whole_is_said(capsys):
-    found = main(["--layers", "1", "--width", "64", "--no-save", "--threads", "1"])
+    found = main(["--layers", "1", "--width", "64", "--threads", "1"])
     (row,) = found["models"]
     assert row["matrices"] == 7 and row["first_look_seconds"] > 0 and "models" in capsys.readouterr().out
 

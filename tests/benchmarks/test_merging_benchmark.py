@@ -37,7 +37,7 @@ def test_the_large_checkpoint_merges_with_as_many_layers_as_there_is_room_for(tm
     room = 4 * merging_large.size(2) + 2 * 10**9
     monkeypatch.setattr(merging_large.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": room}))
     # The process that merges would start without these small sizes; it needs none of them.
-    found = merging_large.main(["--folder", str(tmp_path), "--layers", "3", "--threads", "1", "--no-save"])
+    found = merging_large.main(["--folder", str(tmp_path), "--layers", "3", "--threads", "1"])
     assert found["layers"] == 2 and found["extra_mib"] >= 0 and found["gigabytes_of_one_model"] >= 0
     assert json.loads(capsys.readouterr().out) == found
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,9 @@ def _short(value: float) -> str:
     """Four digits, without an exponent where that is short."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
-    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
+    if 1e4 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
 _EXACT = "float64: to 1e-7 of the largest singular value or better"

@@ -97,9 +97,9 @@ def inspect(
     Numerics:
         Singular values of float32 and lower types by the float64 Gram matrix, at least as exact as a float32 SVD; by a
         float64 SVD above a condition of 1e5 and for float64 tensors. ``COLUMNS[name].exactness`` says it for each
-        column. Memory: one parameter in its own type and in float32 per thread, its Gram matrix in float64, and for a
-        base twice that. Cost: ``out in min(out, in)`` products and an eigenvalue problem a matrix, some four times that
-        with a base.
+        column. Memory: one parameter in its own type and in float32 per thread and its Gram matrix in float64; with a
+        base some eight copies of a matrix in float64, of large ones one at a time. Cost: ``out in min(out, in)``
+        products and an eigenvalue problem a matrix, some ten times that with a base.
 
     References:
         Stable rank: Rudelson, Vershynin, arXiv math/0503442. Power laws: Clauset et al., arXiv 0706.1062; Martin,
@@ -192,8 +192,10 @@ class _Look:
     def run(self, detail: str, threads: int) -> None:
         """The first look at everything, then the full one."""
         for look, measure in ((1, self._first), (2, self._full)) if detail == "spectrum" else ((1, self._first),):
+            # Matrices in the works at a time: what is read, in float32, and a comparison's copies in float64.
+            copies = 2 if look == 1 or self.pairing.there is None else 16
             todo = {
-                name: math.prod(self.here.shapes[name])
+                name: copies * math.prod(self.here.shapes[name])
                 for name, parts in self.parameters.items()
                 if any(self._wants(self.rows[own], look) for own, _, _ in parts)
             }
