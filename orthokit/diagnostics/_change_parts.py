@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orthokit.diagnostics.profiles import ThinSVD
+from orthokit.linalg import singular_values
 from orthokit.linalg.block_diagonal import block_sizes
 
 __all__ = [
@@ -69,10 +70,7 @@ def factor(W: Tensor, *, exact: bool = False, top: int | None = None) -> ThinSVD
 
 def change_values(D: Tensor, *, exact: bool = False) -> Tensor:
     """All singular values of the change, descending; values below 1e-8 of the largest are rough unless ``exact``."""
-    if exact:
-        return torch.linalg.svdvals(D)
-    gram = D @ D.mT if D.shape[0] <= D.shape[1] else D.mT @ D
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    return singular_values(D, method="svd" if exact else "gram64")
 
 
 def turn(W0: Tensor, W: Tensor, base: ThinSVD, tuned: ThinSVD) -> Turn:

@@ -10,7 +10,7 @@ from orthokit.errors import OptionError
 from orthokit.linalg import singular_values, top_singular_value
 from orthokit.linalg._check import check_finite, check_matrix, working_dtype
 
-__all__ = ["check_rank", "effective_rank", "low_rank_part", "spectrum", "stable_rank"]
+__all__ = ["check_rank", "effective_rank", "entropy_rank", "low_rank_part", "spectrum", "stable_rank"]
 
 
 def spectrum(W: Num[Tensor, "*batch out in"]) -> Shaped[Tensor, "*batch k"]:
@@ -118,11 +118,16 @@ def effective_rank(W: Num[Tensor, "*batch out in"]) -> Shaped[Tensor, "*batch"]:
         O. Roy, M. Vetterli (2007), The effective rank: a measure of effective dimensionality, EUSIPCO.
     """
     sigma = singular_values(W)
+    return entropy_rank(sigma).to(sigma.dtype)
+
+
+def entropy_rank(sigma: Tensor) -> Tensor:
+    """The effective rank that singular values ``(..., k)`` have, in float64; 0 where all are 0."""
     s = sigma.double()
     total = s.sum(-1, keepdim=True)
     p = s / torch.where(total > 0, total, torch.ones_like(total))
     rank = torch.special.entr(p).sum(-1).exp()
-    return torch.where(total[..., 0] > 0, rank, 0.0).to(sigma.dtype)
+    return torch.where(total[..., 0] > 0, rank, 0.0)
 
 
 def low_rank_part(W: Num[Tensor, "*batch out in"], *, rank: int) -> Num[Tensor, "*batch out in"]:

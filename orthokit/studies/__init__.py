@@ -7,6 +7,9 @@ from orthokit.studies import arena_correlations as _arena_correlations
 from orthokit.studies import arena_results as _arena_results
 from orthokit.studies import arena_study as _arena_study
 from orthokit.studies import arena_ways as _arena_ways
+from orthokit.studies import checkpoint_changes as _checkpoint_changes
+from orthokit.studies import checkpoint_claims as _checkpoint_claims
+from orthokit.studies import checkpoint_geometry as _checkpoint_geometry
 from orthokit.studies import continual as _continual
 from orthokit.studies import continual_results as _continual_results
 from orthokit.studies import dual_anchors as _dual_anchors
@@ -21,6 +24,7 @@ from orthokit.studies import representation_phases as _representation_phases
 from orthokit.studies import representation_results as _representation_results
 from orthokit.studies import representation_study as _representation_study
 from orthokit.studies import safe_steps as _safe_steps
+from orthokit.studies import training_spectra as _training_spectra
 from orthokit.studies._catalogue import STUDIES, names, run
 from orthokit.studies._engine import Study, evidence_root, evidence_stamp, load_evidence
 from orthokit.studies.adapter_claims import ADAPTER_DUELS, AdapterDuel, adapter_margins, oftv2_costs, oftv2_widest
@@ -48,6 +52,9 @@ from orthokit.studies.arena_correlations import *  # noqa: F403
 from orthokit.studies.arena_results import *  # noqa: F403
 from orthokit.studies.arena_study import *  # noqa: F403
 from orthokit.studies.arena_ways import *  # noqa: F403
+from orthokit.studies.checkpoint_changes import *  # noqa: F403
+from orthokit.studies.checkpoint_claims import *  # noqa: F403
+from orthokit.studies.checkpoint_geometry import *  # noqa: F403
 from orthokit.studies.coefficients import (
     compare_recipes,
     head_split,
@@ -164,6 +171,7 @@ from orthokit.studies.synthetic import (
     measure_gap,
     side_by_side,
 )
+from orthokit.studies.training_spectra import *  # noqa: F403
 
 __all__ = [
     "ADAPTERS",
@@ -307,6 +315,9 @@ __all__ += _arena_correlations.__all__
 __all__ += _arena_results.__all__
 __all__ += _arena_study.__all__
 __all__ += _arena_ways.__all__
+__all__ += _checkpoint_changes.__all__
+__all__ += _checkpoint_claims.__all__
+__all__ += _checkpoint_geometry.__all__
 __all__ += _continual.__all__
 __all__ += _continual_results.__all__
 __all__ += _merging_study.__all__
@@ -321,3 +332,4 @@ __all__ += _representation_phases.__all__
 __all__ += _representation_results.__all__
 __all__ += _representation_study.__all__
 __all__ += _safe_steps.__all__
+__all__ += _training_spectra.__all__

@@ -126,6 +126,14 @@ class TestExactness:
         assert row["frobenius"] == row["spectral_norm"] == row["stable_rank"] == 0
         assert row["condition"] is None and row["alpha_refused"] == "all entries are 0"
 
+    @pytest.mark.parametrize("scale", [2.0**-120, 2.0**120])
+    def test_columns_without_a_unit_do_not_feel_the_scale(self, scale):
+        plain, scaled = (inspect({"a.weight": c * gaussian(80, 60)}).rows[0] for c in (1.0, scale))
+        for name in ("stable_rank", "effective_rank", "condition", "mp_distance", "above_edge", "orthogonality_error"):
+            assert scaled[name] == pytest.approx(plain[name], rel=1e-6), name
+        for name in ("frobenius", "spectral_norm", "noise", "mp_edge"):
+            assert scaled[name] == pytest.approx(scale * plain[name], rel=1e-6), name
+
     def test_relative_change_is_that_of_the_whole(self):
         W0, W = gaussian(70, 3), gaussian(70, 3, seed=1)
         expected = float((W.double() - W0.double()).norm() / W0.double().norm())

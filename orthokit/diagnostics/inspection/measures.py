@@ -12,6 +12,7 @@ from torch import Tensor
 from orthokit.diagnostics.bulk import bulk_fit
 from orthokit.diagnostics.energy import expected_energy, hyperspherical_energy
 from orthokit.diagnostics.entries import entry_stats, noise_floor, rounding_noise
+from orthokit.diagnostics.spectrum import entropy_rank
 from orthokit.diagnostics.tail import PowerLaw, tail_fit
 from orthokit.linalg import singular_values, top_singular_value
 
@@ -93,31 +94,32 @@ def spectrum_columns(sigma: np.ndarray, *, shape: tuple[int, int], floor: float)
         shape: ``(out, in)``.
         floor: What counts as rounding of the file.
     """
-    s = np.asarray(sigma, dtype=np.float64)
-    total, energy = s.sum(), np.square(s).sum()
-    if energy == 0:
+    top = float(sigma[0])
+    if top == 0:
         zero = {"frobenius": 0.0, "spectral_norm": 0.0, "stable_rank": 0.0, "effective_rank": 0.0, "above_floor": 0}
         return {**zero, "condition": None, "alpha_refused": "all entries are 0"}
-    p = s[s > 0] / total
+    # Of the scaled values, whose squares stay within range whatever the scale of the matrix.
+    s = np.asarray(sigma, dtype=np.float64) / top
+    total, energy = s.sum(), np.square(s).sum()
     bulk = bulk_fit(s, shape=shape)
     # The values are known to this; a smaller one is 0 as far as anybody can tell.
-    nothing = max(shape) * np.finfo(np.float64).eps * s[0]
+    nothing = max(shape) * np.finfo(np.float64).eps
     seen = int((s > nothing).sum())
     tail = tail_fit(np.square(s), floor=nothing**2, bulk=bulk) if seen >= _FEWEST else None
     return {
-        "frobenius": math.sqrt(energy),
-        "spectral_norm": float(s[0]),
-        "stable_rank": float(energy / s[0] ** 2),
-        "effective_rank": float(np.exp(-(p * np.log(p)).sum())),
-        "condition": float(s[0] / s[-1]) if s[-1] > nothing else math.inf,
+        "frobenius": top * math.sqrt(energy),
+        "spectral_norm": top,
+        "stable_rank": float(energy),
+        "effective_rank": float(entropy_rank(torch.from_numpy(s))),
+        "condition": float(1 / s[-1]) if s[-1] > nothing else math.inf,
         # In exact arithmetic never below 0.
         "orthogonality_error": math.sqrt(max(0.0, 1 - total**2 / (len(s) * energy))),
-        "noise": bulk.noise,
-        "mp_edge": bulk.edge,
+        "noise": None if bulk.noise is None else top * bulk.noise,
+        "mp_edge": None if bulk.edge is None else top * bulk.edge,
         "above_edge": bulk.above,
         "mp_distance": bulk.distance,
         **_tail_columns(tail, seen),
-        "above_floor": int((s > floor).sum()),
+        "above_floor": int((top * s > floor).sum()),
     }
 
 
