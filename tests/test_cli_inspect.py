@@ -42,7 +42,7 @@ def test_a_base_brings_verdicts_and_files_are_written(files, capsys):
 def test_only_the_summary_and_a_sample(files, capsys):
     assert cli.main(["inspect", "a.safetensors", "--quiet", "--sample", "1", "--detail", "norms", "--no-cache"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert "1 matrices" in printed[0] and printed[1] == "Note: 1 of 3 matrices, evenly spread over the model."
+    assert "1 matrix holds" in printed[0] and printed[1] == "Note: 1 of 3 matrices, evenly spread over the model."
     assert not (files / "cache").exists()
 
 
@@ -51,6 +51,13 @@ def test_one_page_shows_several_models(files, capsys):
     page = (files / "x.html").read_text()
     assert "a.safetensors" in page and "base.safetensors" in page and len(page) < 6e6
     assert capsys.readouterr().out.splitlines()[-1] == "x.html"
+
+
+def test_a_file_without_matrices_says_so(files, capsys):
+    save_file({"norm.weight": torch.ones(4)}, "norm.safetensors")
+    assert cli.main(["inspect", "norm.safetensors"]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("orthokit: No parameter is treated as a matrix") and "0 matrices hold" in told.out
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orthokit.cli.common import FAILED, INTERRUPTED, OK
-from orthokit.errors import OptionError, OrthokitError
+from orthokit.errors import NothingMatchedWarning, OptionError, OrthokitError
 
 if TYPE_CHECKING:
     from orthokit.diagnostics import Inspection, InspectionProgress
@@ -84,7 +86,8 @@ def _measured(model: Path, options: argparse.Namespace) -> Inspection:
         print(f"\r\x1b[2K{at.line()}", end="", file=sys.stderr, flush=True)
 
     try:
-        return inspect(
+        return _told(
+            inspect,
             model,
             base=options.base,
             detail=options.detail,
@@ -101,6 +104,16 @@ def _measured(model: Path, options: argparse.Namespace) -> Inspection:
     finally:
         if terminal:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def _told(inspect: Callable[..., Inspection], *arguments: Any, **options: Any) -> Inspection:
+    """The call, with its warnings as sentences."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", NothingMatchedWarning)
+        found = inspect(*arguments, **options)
+    for warning in seen:
+        print(f"orthokit: {warning.message}", file=sys.stderr)
+    return found
 
 
 def _print_rest(found: Inspection) -> None:

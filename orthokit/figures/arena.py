@@ -111,6 +111,7 @@ def distortion_scatter(
     xlabel: str,
     ylabel: str,
     title: str = "Does the distortion tell how much is forgotten?",
+    counted: tuple[str, str] = ("runs", "methods"),
 ) -> dict[str, Any]:
     """One diagnostic against forgetting, one marker a run.
 
@@ -119,6 +120,7 @@ def distortion_scatter(
         xlabel: Name of the diagnostic.
         ylabel: Name and unit of the forgetting.
         title: The question the chart answers.
+        counted: What a marker and a group stand for, in the plural; default ``("runs", "methods")``.
 
     Returns:
         A Plotly figure as a dictionary; the caption has the rank correlation over all runs and inside each method.
@@ -147,10 +149,11 @@ def distortion_scatter(
     x, y = (np.concatenate([pair[k] for pair in left]) for k in range(2))
     if len(x) < 3:
         raise ShapeError(f"a correlation needs three runs at least; got {len(x)}.")
-    caption = f"Rank correlation over {len(x)} runs: {number(round(_ranked(x, y), 2))}"
+    marks, sets = counted
+    caption = f"Rank correlation over {len(x)} {marks}: {number(round(_ranked(x, y), 2))}"
     if inside:
         positive = sum(value > 0 for value in inside)
-        caption += f"; inside methods with three runs or more it is positive in {positive} of {len(inside)}"
+        caption += f"; inside {sets} with three {marks} or more it is positive in {positive} of {len(inside)}"
     return build(
         "distortion_scatter",
         data,

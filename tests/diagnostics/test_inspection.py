@@ -262,6 +262,12 @@ class TestAgainstABase:
     def test_a_base_that_does_not_fit_at_all_is_said(self):
         found = inspect(small(), base={"x.weight": gaussian(3, 4)})
         assert "is no base of" in found.notes[0] and all(row["kind"] is None for row in found.rows)
+        assert "stable rank" in repr(found) and "verdict" not in repr(found)
+
+    def test_bad_numbers_of_the_base_are_said(self):
+        W, bad = gaussian(9, 8), gaussian(9, 8)
+        bad[1, 2] = math.nan
+        assert inspect({"a.weight": W}, base={"a.weight": bad}).rows[0]["note"].startswith("in the base 1 entry is NaN")
 
 
 class TestBadNumbers:

@@ -106,7 +106,8 @@ def paired(here: Source, there: Source | None) -> Pairing:
             f"{there.name} is no base of {here.name}: no tensor has the same name and shape, so nothing is compared"
         )
     elif unmatched:
-        notes.append(f"{len(unmatched)} tensors are in one of the two models only or have another shape")
+        many = "1 tensor is" if len(unmatched) == 1 else f"{len(unmatched)} tensors are"
+        notes.append(f"{many} in one of the two models only, or of another shape there")
     return Pairing(here, there, names, unmatched, notes)
 
 

@@ -114,10 +114,11 @@ class Inspection:
         full = sum(row["measured"] == "full" for row in self.rows)
         kinds = Counter(row["stored"] for row in self.rows)
         kept = ", ".join(f"{kind}" if len(kinds) == 1 else f"{count} {kind}" for kind, count in kinds.most_common(3))
-        said = f"{self.name}: {len(self.rows)} matrices hold {numbers:,} numbers ({kept})"
+        many = "1 matrix holds" if len(self.rows) == 1 else f"{len(self.rows)} matrices hold"
+        said = f"{self.name}: {many} {numbers:,} numbers" + (f" ({kept})" if kept else "")
         said += "" if full == len(self.rows) else f", {full} of them measured in full"
         if bad := sum(row["nonfinite"] or 0 for row in self.rows):
-            said += f"; {bad:,} entries are NaN or infinite"
+            said += f"; {bad:,} {'entry is' if bad == 1 else 'entries are'} NaN or infinite"
         if self.compared:
             both = sum(row["relative_change"] is not None for row in self.rows)
             said += f"; {both} compared with {self.base_name}"
@@ -193,7 +194,8 @@ class Inspection:
             raise CheckpointError(f"{path} is no inspection written by to_json ({cause}); make it again.") from cause
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        names = _COMPARED if self.compared else _ALONE
+        # A base that fits nowhere leaves what there is without one.
+        names = _COMPARED if any(row["relative_change"] is not None for row in self.rows) else _ALONE
         return names, [[COLUMNS[name].text(row[name]) for name in names] for row in self.rows]
 
     def __repr__(self) -> str:

@@ -254,10 +254,12 @@ class _Look:
         work, bad = cleaned(W)
         found = first_look(work, stored=W.dtype, rounding=self.here.rounding(parameter))
         row: dict[str, Any] = {**found, "nonfinite": bad, "measured": "first look"}
-        if bad:
-            row["note"] = f"{bad:,} entries are NaN or infinite and measured as 0"
+        notes = [f"{_entries(bad)} NaN or infinite and measured as 0"] if bad else []
         if W0 is not None:
-            row["relative_change"] = relative_change(work, cleaned(W0)[0])
+            start, there = cleaned(W0)
+            notes += [f"in the base {_entries(there)} NaN or infinite and taken as 0"] if there else []
+            row["relative_change"] = relative_change(work, start)
+        row["note"] = "; ".join(notes) or None
         self.rows[name] = {**self.rows[name], **row}
 
     def _full_row(self, parameter: str, name: str, W: Tensor, W0: Tensor | None) -> None:
@@ -312,3 +314,7 @@ class _Look:
         others = [row for row in before.rows if row["name"] not in now.spectra]
         own = [row for row in now.rows if row["name"] in now.spectra]
         return replace(now, rows=own + others, **{kind: getattr(before, kind) | getattr(now, kind) for kind in _ARRAYS})
+
+
+def _entries(count: int) -> str:
+    return "1 entry is" if count == 1 else f"{count:,} entries are"
