@@ -24,9 +24,9 @@ report: ## run the notebooks and write one offline HTML report; prints the path 
 	$(call prepare,notebooks widgets pretrained)
 	@$(BIN)/orthokit report $(ARGS)
 
-test: ## run every test
+test: ## run every test, on up to four cores; ARGS="-n 0" for one process
 	$(call prepare,dev)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lab: ## JupyterLab on the notebooks
 	$(call prepare,notebooks widgets pretrained)

@@ -11,6 +11,10 @@ import pytest
 from hypothesis import settings
 from jaxtyping import config, install_import_hook
 
+# Several test processes share the cores: each torch with all of them would wait for the others. Read at its import.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Must run before the first import of orthokit: the hook rewrites modules as they load.
 install_import_hook("orthokit", "typecheck.checked")
 

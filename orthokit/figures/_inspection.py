@@ -114,12 +114,14 @@ def compare_ticks(order: Sequence[str]) -> dict[str, Any]:
 
 
 def plotted(name: str) -> Column:
+    """A column that can be drawn, by its name."""
     if name not in PLOTTED:
         raise unknown_name("column of numbers", name, PLOTTED)
     return COLUMNS[name]
 
 
 def checked_rows(rows: Rows) -> list[Mapping[str, Any]]:
+    """The rows as a list, of which there has to be one."""
     kept = list(rows)
     if not kept:
         raise ShapeError("rows must hold at least one matrix; got none.")

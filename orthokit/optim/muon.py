@@ -321,20 +321,15 @@ class Muon(MatrixOptimizer):
         lr, rule = float(group["lr"]), group["decay"]
         rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *directions.shape[-2:])
         weights = chunk.of([piece.parameter for piece in chunk])
-        dtype = weights[0].dtype
-        if group["order"] == "post" or _quick(weights):
-            # A single block is cast as it is added; a list of two dtypes would go one by one.
-            alone = len(weights) == 1 and group["order"] != "post" and rule == "decoupled"
-            if directions.dtype != dtype and not alone:
+        dtype, post = weights[0].dtype, group["order"] == "post"
+        if post or _quick(weights):
+            # One block is cast as it is added; a list of two dtypes would go one by one anyhow.
+            if directions.dtype != dtype and (len(weights) > 1 or post or rule != "decoupled"):
                 directions = self._room("joined", directions, dtype).copy_(directions)
             parts = chunk.split(directions)
-            if group["order"] == "post":
-                parts = self._filtered(chunk, parts, group)
+            parts = self._filtered(chunk, parts, group) if post else parts
             decay(weights, parts, rate=rate, rule=rule)
-            if alone:
-                weights[0].add_(parts[0], alpha=-lr * ratio)
-            else:
-                torch._foreach_add_(weights, parts, alpha=-lr * ratio)
+            torch._foreach_add_(weights, parts, alpha=-lr * ratio)
         else:
             scratch = self._room("scratch", max(weights, key=Tensor.numel)).view(-1)
             for whole, factor in zip(weights, chunk.split(directions), strict=True):

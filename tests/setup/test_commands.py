@@ -37,7 +37,7 @@ def test_a_missing_python_is_one_sentence():
     [
         ("report", "orthokit report 02 --size smoke"),
         ("dash", "orthokit dash 02 --size smoke"),
-        ("test", "python -m pytest 02 --size smoke"),
+        ("test", "python -m pytest -n auto --maxprocesses 4 --dist loadfile 02 --size smoke"),
         ("bench", "python -m benchmarks 02 --size smoke"),
         ("lab", "jupyter-lab notebooks/00_start_here.ipynb 02 --size smoke"),
         ("doctor", "orthokit doctor 02 --size smoke"),
