@@ -60,7 +60,7 @@ def one_by_one(measure: Callable[[Tensor], object], found: Named) -> dict[str, o
 
 def stable_rank(W: Tensor) -> float:
     """As the first look takes it."""
-    return float(torch.linalg.vector_norm(W) / top_singular_value(W, iterations=15, tol=1e-3)) ** 2
+    return float(torch.linalg.vector_norm(W) / top_singular_value(W, iterations=30, tol=1e-3)) ** 2
 
 
 def power_iteration(W: Tensor) -> float:

@@ -186,7 +186,7 @@ class BlockRotation(nn.Module):
 
     @torch.no_grad()
     def largest_angle(self, *, tol: float = 1e-3) -> float:
-        """The largest angle by which a plane is turned, in radians; ``tol`` is that of the power iteration.
+        """The largest angle by which a plane is turned, in radians; ``tol`` as in ``linalg.top_singular_value``.
 
         Returns:
             A lower bound within about ``tol``; see ``linalg.top_singular_value``.
@@ -203,7 +203,7 @@ class BlockRotation(nn.Module):
         """Whether the largest plane angle is beyond ``angle``, as cheaply as that can be known.
 
         The angles of a skew matrix come in pairs, so ``||Q||_2 <= ||Q||_F / sqrt(2) = ||v||_2``: mostly that settles
-        it. Only otherwise the norm is estimated by power iteration, from below and within a percent.
+        it. Only otherwise the norm is estimated from a few products, from below and within a percent.
         """
         bounds = [float(torch.linalg.vector_norm(v, dim=-1).max()) for v in self.packed() if v.numel()]
         if self.spec.angle(max(bounds, default=0.0)) <= angle:

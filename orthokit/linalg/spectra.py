@@ -11,7 +11,7 @@ from orthokit.linalg._check import check_finite, check_matrix, working_dtype
 
 __all__ = ["singular_values", "top_singular_value"]
 
-# Vectors that power iteration carries along.
+# Vectors that a search for the largest value starts from.
 _START = 4
 _METHODS = ("svd", "gram", "gram64")
 # Rows or columns that are summed into a Gram matrix at a time: the copy in float64 is of these alone.
@@ -91,11 +91,15 @@ def top_singular_value(
     tol: float = 1e-6,
     generator: torch.Generator | None = None,
 ) -> Shaped[Tensor, "*batch"]:
-    r"""The spectral norm of ``W`` by power iteration on a few vectors: ``V <- qr(W^H W V)``.
+    r"""The spectral norm of ``W``, from the subspace that a few vectors span as the matrix works on them.
 
-    The estimate ``||W V||_2`` never exceeds the true value and rises towards it; its error is the square of the error
-    of ``V``, so few iterations are needed even when the first singular values are close. One vector alone would now and
-    then start almost orthogonal to the leading direction and pass for converged; four do not by chance.
+    .. math:: \sigma \leftarrow \max_{x \in K_j} \|W x\| / \|x\|, \qquad
+        K_j = \mathrm{span}\{V, W^H W V, \dots, (W^H W)^{j-1} V\}
+
+    The estimate never exceeds the true value and rises towards it, twice as many digits for each doubling of ``j`` and
+    faster; power iteration, which forgets all but the last vectors, needs some four times as many products. One vector
+    alone would now and then start almost orthogonal to the leading direction and pass for converged; four do not by
+    chance.
 
     Args:
         W: Matrix or batch, shape ``(..., out, in)``.
@@ -117,11 +121,14 @@ def top_singular_value(
         2.0
 
     Numerics:
-        Two products with a four-column matrix an iteration, ``16 out in`` FLOP. A lower bound in exact arithmetic; with
-        the default ``tol`` within 1e-3 of the truth whatever the gaps, mostly within 1e-5.
+        Two products with a four-column matrix an iteration, ``16 out in`` FLOP, and as much again as ``64 in`` FLOP for
+        each iteration before it, to keep the basis orthogonal. A lower bound in exact arithmetic; with the default
+        ``tol`` within 1e-3 of the truth whatever the gaps, mostly within 1e-6. A random matrix, which has no gap, takes
+        some 12 iterations to 1e-3 and 16 to 1e-4.
 
     References:
-        G. Golub, C. Van Loan (2013), Matrix Computations, section 8.2.4. The stopping rule is ours.
+        G. Golub, C. Van Loan (2013), Matrix Computations, section 10.3.6 (block Lanczos); the basis is kept orthogonal
+        in full. The stopping rule is ours.
     """
     check_matrix(W)
     check_finite(W)
@@ -138,11 +145,27 @@ def top_singular_value(
     columns = W.shape[-1]
     V = torch.randn(columns, min(_START, columns), generator=source, device=source.device, dtype=torch.float64)
     V = V.to(device=W.device, dtype=work.dtype).expand(*W.shape[:-2], *V.shape)
-    sigma = torch.zeros(W.shape[:-2], dtype=real, device=W.device)
-    for _ in range(iterations):
-        image = work @ torch.linalg.qr(V).Q
-        previous, sigma = sigma, torch.linalg.matrix_norm(image, ord=2)
+    block = torch.linalg.qr(V).Q
+    basis, images = block, work @ block
+    sigma = _largest_in(basis, images)
+    for _ in range(1, iterations):
+        room = columns - basis.shape[-1]
+        if room == 0:
+            break
+        # Projected twice, and normalised between: what is left of a converged block is rounding, and no direction.
+        block = work.mH @ images[..., -block.shape[-1] :]
+        for _ in range(2):
+            block = torch.linalg.qr(block - basis @ (basis.mH @ block)).Q
+        block = block[..., :room]
+        basis, images = torch.cat([basis, block], -1), torch.cat([images, work @ block], -1)
+        previous, sigma = sigma, torch.maximum(sigma, _largest_in(basis, images))
         if bool((sigma - previous <= tol * sigma).all()):
             break
-        V = work.mH @ image
     return sigma * scale[..., 0, 0]
+
+
+def _largest_in(basis: Tensor, images: Tensor) -> Tensor:
+    """The largest ``||W x|| / ||x||`` of a subspace, taken of the vector: a basis that lost its angles adds nothing."""
+    best = torch.linalg.eigh(images.mH @ images).eigenvectors[..., -1:]
+    over, under = (torch.linalg.vector_norm(part @ best, dim=(-2, -1)) for part in (images, basis))
+    return over / under

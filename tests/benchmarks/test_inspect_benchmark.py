@@ -16,8 +16,7 @@ def test_all_candidates_find_the_same_values():
         exact = torch.linalg.svdvals(found[name].double())
         torch.testing.assert_close(torch.as_tensor(sigma), exact, rtol=0, atol=1e-7 * float(exact[0]))
         rank = float(exact.square().sum() / exact[0] ** 2)
-        # Fifteen steps are a first look.
-        assert stable_rank(found[name]) == pytest.approx(rank, rel=0.1)
+        assert stable_rank(found[name]) == pytest.approx(rank, rel=4e-3)
         assert power_iteration(found[name]) == pytest.approx(rank, rel=0.3)
 
 

@@ -126,7 +126,24 @@ def test_a_start_vector_that_misses_the_top_direction_is_not_believed(column):
     assert float(found) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_power_iteration_repeats_and_follows_its_generator():
+@pytest.mark.parametrize("shape", [(300, 300), (600, 200), (200, 700)], ids=str)
+def test_a_spectrum_without_gaps_needs_few_products(shape):
+    W = randn(*shape)
+    truth = float(torch.linalg.svdvals(W)[0])
+    for iterations, error in ((12, 2e-3), (20, 1e-5)):
+        assert (
+            truth * (1 - error) <= float(top_singular_value(W, iterations=iterations, tol=0.0)) <= truth * (1 + 1e-12)
+        )
+
+
+def test_matrices_of_low_rank_end_the_search():
+    W = randn(60, 3) @ randn(3, 80, seed=1)
+    many = torch.stack([W, torch.zeros(60, 80, dtype=torch.float64), randn(60, 80)])
+    expected = torch.linalg.svdvals(many)[:, 0]
+    torch.testing.assert_close(top_singular_value(many, tol=0.0), expected, rtol=1e-12, atol=0)
+
+
+def test_the_search_repeats_and_follows_its_generator():
     W, state = randn(20, 30), torch.get_rng_state()
     assert torch.equal(top_singular_value(W), top_singular_value(W))
     one, two = (top_singular_value(W, iterations=1, generator=torch.Generator().manual_seed(s)) for s in (1, 2))

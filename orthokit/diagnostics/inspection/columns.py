@@ -108,7 +108,7 @@ _LIST = [
         "norms",
         "number",
         "Largest singular value.",
-        f"{_EXACT}; in a first look a lower bound by power iteration, within 1e-3",
+        f"{_EXACT}; in a first look a lower bound, within 1e-3",
     ),
     Column(
         "stable_rank",
