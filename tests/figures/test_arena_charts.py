@@ -215,3 +215,9 @@ def test_layers_that_were_not_judged_are_left_blank():
 def test_bad_input_gets_one_of_our_errors(unchecked, error, make):
     with pytest.raises(error):
         make()
+
+
+def test_a_scatter_says_what_its_markers_are():
+    groups = {"A": ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])}
+    caption = arena.distortion_scatter(groups, counted=("matrices", "parts"), **AXES)["layout"]["meta"]["caption"]
+    assert caption.startswith("Rank correlation over 3 matrices: 1; inside parts with three matrices or more")

@@ -15,7 +15,7 @@ def executed(tmp_path_factory):
 
 def test_the_promised_notebooks_are_there():
     numbered = [f"{name[:2]}" for name in sorted(NAMES)]
-    assert numbered == [f"{i:02d}" for i in range(15)]
+    assert numbered == [f"{i:02d}" for i in range(16)]
 
 
 @pytest.mark.slow
