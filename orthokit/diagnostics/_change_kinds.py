@@ -206,5 +206,5 @@ def _scaled_low_rank(seen: Evidence, along_rows: float) -> Finding | None:
     if most < 1 or along_rows < tail / 2:
         return None
     limit = _LEVEL * seen.noise * math.sqrt(out * width)
-    rank = row_scaled_rank(seen.W0, seen.W, limit=limit, floor=seen.floor, most=most)
+    rank = row_scaled_rank(seen.W0, seen.W, limit=limit, most=most)
     return None if rank is None else Finding("dora", rank=rank)

@@ -162,42 +162,38 @@ def fit_rows(W0: Tensor, W: Tensor) -> Tensor:
     return torch.where(energy > 0, (W0 * W).sum(1, keepdim=True) / torch.where(energy > 0, energy, 1.0), 1.0)
 
 
-def row_scaled_rank(W0: Tensor, W: Tensor, *, limit: float, floor: float, most: int) -> int | None:
-    """The rank of ``L`` in ``W = D W0 + L`` with diagonal ``D`` and ``L`` of rank at most ``most``; else ``None``.
+def row_scaled_rank(W0: Tensor, W: Tensor, *, limit: float, most: int) -> int | None:
+    """The smallest rank, at most ``most``, of ``L`` in ``W = D W0 + L`` with diagonal ``D``; ``None`` if none will do.
 
-    With rank to spare ``D`` is free in as many rows, and ``L`` is found with too many directions. The true ones stand
-    out among them: the search is repeated with as many as lie before the widest gap.
+    With rank to spare ``D`` is free in as many rows, and the search slow: it begins with small ranks.
     """
-    found = _alternate(W0, W, torch.zeros_like(W), limit, most)
-    if found is None:
-        return None
-    L, S = found
-    rank = int((floor < S).sum())
-    if rank > 1:
-        fewer = int((S[: rank - 1] / S[1:rank]).argmax()) + 1
-        again = _alternate(W0, W, L, limit, fewer)
-        if again is not None:
-            return int((floor < again[1]).sum())
+    low, rank = 0, 1
+    while not _reaches(W0, W, limit, rank):
+        if rank >= most:
+            return None
+        low, rank = rank, min(2 * rank, most)
+    while rank - low > 1:
+        middle = (low + rank) // 2
+        low, rank = (low, middle) if _reaches(W0, W, limit, middle) else (middle, rank)
     return rank
 
 
-def _alternate(W0: Tensor, W: Tensor, L: Tensor, limit: float, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Alternating projections from ``L``: the low-rank part and its singular values, once what is left is ``limit``.
+def _reaches(W0: Tensor, W: Tensor, limit: float, rank: int) -> bool:
+    """Whether alternating projections bring what is beside ``D W0`` and a matrix of that rank down to ``limit``.
 
-    The two sets meet at a wide angle as long as the rank is small against both sides, so the distance shrinks by a
-    constant factor a round; the search ends where it does not.
+    The two sets meet at a wide angle as long as the rank is small against both sides, so that the distance shrinks by a
+    factor a round; with too small a rank it soon stands still.
     """
-    last = math.inf
+    L, last = torch.zeros_like(W), math.inf
     for _ in range(60):
         U, S, Vh = factor(W - fit_rows(W0, W - L) * W0, top=rank)
         left = float(torch.linalg.vector_norm(S[rank:]))
-        L = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         if left <= limit:
-            return L, S[:rank]
-        if left > 0.8 * last:
-            return None
-        last = left
-    return None
+            return True
+        if left > 0.95 * last:
+            return False
+        L, last = (U[:, :rank] * S[:rank]) @ Vh[:rank], left
+    return False
 
 
 def rounding_errors(W: Tensor, dtype: torch.dtype) -> Tensor:

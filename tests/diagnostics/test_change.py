@@ -300,11 +300,14 @@ def test_blocks_of_orthokit_itself():
 def test_row_scaled_low_rank_is_found_with_its_rank_and_nothing_else_is():
     W0 = weights(96, 80)
     D = 1 + 0.1 * gaussian(96, 1, seed=1)
-    for r in (1, 4, 9):
+    for r in (1, 3, 4, 6, 9):
         L = 0.05 * gaussian(96, r, seed=2) @ gaussian(r, 80, seed=3)
-        assert row_scaled_rank(W0, D * (W0 + L), limit=1e-9, floor=1e-9, most=10) == r
+        assert row_scaled_rank(W0, D * (W0 + L), limit=1e-9, most=10) == r
+    # Strengths far apart, as training leaves them.
+    L = 0.05 * (gaussian(96, 5, seed=2) * torch.logspace(0, -2, 5, dtype=torch.float64)) @ gaussian(5, 80, seed=3)
+    assert row_scaled_rank(W0, D * (W0 + L), limit=1e-9, most=10) == 5
     general = D * W0 + 0.05 * gaussian(96, 80, seed=4)
-    assert row_scaled_rank(W0, general, limit=1e-9, floor=1e-9, most=10) is None
+    assert row_scaled_rank(W0, general, limit=1e-9, most=10) is None
     assert weight_change(W0, general).kind == "general"
 
 
