@@ -165,35 +165,42 @@ def fit_rows(W0: Tensor, W: Tensor) -> Tensor:
 def row_scaled_rank(W0: Tensor, W: Tensor, *, limit: float, most: int) -> int | None:
     """The smallest rank, at most ``most``, of ``L`` in ``W = D W0 + L`` with diagonal ``D``; ``None`` if none will do.
 
-    With rank to spare ``D`` is free in as many rows, and the search slow: it begins with small ranks.
+    With rank to spare ``D`` is free in as many rows, and the search slow: it begins with small ranks, and where one is
+    too slow, the true directions stand out among those found, and as many as lie before the widest gap are tried. A
+    direction far weaker than what the scaling changes can be missed: then there is no answer, and not a wrong one.
     """
     low, rank = 0, 1
-    while not _reaches(W0, W, limit, rank):
+    while True:
+        done, S = _reach(W0, W, limit, rank)
+        if done:
+            break
+        apart = int((S[:-1] / S[1:]).argmax()) + 1 if rank > 1 else rank
+        if low < apart < rank and _reach(W0, W, limit, apart)[0]:
+            rank = apart
+            break
         if rank >= most:
             return None
         low, rank = rank, min(2 * rank, most)
     while rank - low > 1:
         middle = (low + rank) // 2
-        low, rank = (low, middle) if _reaches(W0, W, limit, middle) else (middle, rank)
+        low, rank = (low, middle) if _reach(W0, W, limit, middle)[0] else (middle, rank)
     return rank
 
 
-def _reaches(W0: Tensor, W: Tensor, limit: float, rank: int) -> bool:
+def _reach(W0: Tensor, W: Tensor, limit: float, rank: int) -> tuple[bool, Tensor]:
     """Whether alternating projections bring what is beside ``D W0`` and a matrix of that rank down to ``limit``.
 
     The two sets meet at a wide angle as long as the rank is small against both sides, so that the distance shrinks by a
-    factor a round; with too small a rank it soon stands still.
+    factor a round; with too small a rank it soon stands still. Besides, the singular values of the matrix at the end.
     """
     L, last = torch.zeros_like(W), math.inf
     for _ in range(60):
         U, S, Vh = factor(W - fit_rows(W0, W - L) * W0, top=rank)
         left = float(torch.linalg.vector_norm(S[rank:]))
-        if left <= limit:
-            return True
-        if left > 0.95 * last:
-            return False
+        if left <= limit or left > 0.95 * last:
+            return left <= limit, S[:rank]
         L, last = (U[:, :rank] * S[:rank]) @ Vh[:rank], left
-    return False
+    return False, S[:rank]
 
 
 def rounding_errors(W: Tensor, dtype: torch.dtype) -> Tensor:

@@ -304,7 +304,7 @@ def test_row_scaled_low_rank_is_found_with_its_rank_and_nothing_else_is():
         L = 0.05 * gaussian(96, r, seed=2) @ gaussian(r, 80, seed=3)
         assert row_scaled_rank(W0, D * (W0 + L), limit=1e-9, most=10) == r
     # Strengths far apart, as training leaves them.
-    L = 0.05 * (gaussian(96, 5, seed=2) * torch.logspace(0, -2, 5, dtype=torch.float64)) @ gaussian(5, 80, seed=3)
+    L = 0.05 * (gaussian(96, 5, seed=2) * torch.logspace(0, -1, 5, dtype=torch.float64)) @ gaussian(5, 80, seed=3)
     assert row_scaled_rank(W0, D * (W0 + L), limit=1e-9, most=10) == 5
     general = D * W0 + 0.05 * gaussian(96, 80, seed=4)
     assert row_scaled_rank(W0, general, limit=1e-9, most=10) is None
