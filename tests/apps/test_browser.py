@@ -229,7 +229,7 @@ def test_every_control_has_a_name_and_every_page_its_landmarks(watched: Any, ser
             snapshot = control.aria_snapshot()
             assert re.match(rf'- {role} "[^"]+"', snapshot), snapshot
     # A button that saves a file tells below itself how far that is.
-    assert watched.get_by_role("status").count() == (2 if page == "merge" else 1)
+    assert watched.get_by_role("status").count() == (2 if page in ("merge", "inspect") else 1)
     assert watched.get_by_role("alert", include_hidden=True).count() == 1
     assert watched.get_by_role("navigation", name="Pages").get_by_role("link").count() == len(PAGES)
     assert watched.locator("html").get_attribute("lang") == "en"

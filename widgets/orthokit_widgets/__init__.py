@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orthokit_widgets.adapters_view import AdaptersPage
     from orthokit_widgets.forgetting_view import ForgettingPage
+    from orthokit_widgets.inspect_view import InspectPage
     from orthokit_widgets.merge_view import MergePage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.race_view import RacePage
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "adapters_page",
     "forgetting_page",
+    "inspect_page",
     "merge_page",
     "momentum_page",
     "notebook",
@@ -84,6 +86,32 @@ def forgetting_page(**settings: Any) -> ForgettingPage:
     from orthokit_widgets.forgetting_view import ForgettingPage
 
     return ForgettingPage(**settings)
+
+
+def inspect_page(**settings: Any) -> InspectPage:
+    """The page "Inspect": the geometry of every matrix of a model, alone, against its base, or beside others.
+
+    Args:
+        **settings: Where to start: ``model`` and ``base`` (``"tinygpt"``, ``"tinygpt-oft"``, ``"minilm"`` and so on),
+            ``detail`` (``"spectrum"`` or ``"norms"``), ``sample``, ``groups`` (of columns), ``sort`` and ``falling``,
+            ``column`` (of the charts), ``chosen`` (places of matrices), ``of``, ``across``, ``height`` and ``unit`` (of
+            the spectra), ``second``, ``third`` and ``fourth`` (models beside it), ``file``. Files of this machine are
+            opened on the page by their path.
+
+    Returns:
+        A Panel viewer; the last line of a cell shows it.
+
+    Raises:
+        OptionError: A setting out of range.
+
+    Example:
+        >>> page = inspect_page(model="tinygpt-lora", base="tinygpt", column="change_rank")
+        >>> [asked.base for asked in page.state.wanted]
+        ['tinygpt']
+    """
+    from orthokit_widgets.inspect_view import InspectPage
+
+    return InspectPage(local=True, **settings)
 
 
 def merge_page(**settings: Any) -> MergePage:

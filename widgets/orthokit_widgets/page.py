@@ -19,7 +19,7 @@ __all__ = ["PAGES", "Page", "columns", "stack"]
 #: Titles of the pages to their addresses.
 PAGES = {
     **{"Momentum gap": "momentum", "Live training": "training", "Optimizer race": "race"},
-    **{"Adapters": "adapters", "Forgetting": "forgetting", "Merge": "merge"},
+    **{"Adapters": "adapters", "Forgetting": "forgetting", "Merge": "merge", "Inspect": "inspect"},
 }
 _PERIOD, _SOON = 200, 50  # ms between two looks at what a thread has done; when an answer is awaited
 _PATIENCE = 15  # looks without a browser until the page counts as closed; a reload or a hiccup takes fewer
@@ -106,6 +106,10 @@ class Page(Viewer, Generic[State]):
         """What to say in the alert besides bad values."""
         return []
 
+    def query(self) -> str:
+        """The settings as the query of the address."""
+        return write_query(self.state)
+
     # --- what pages share
 
     def __panel__(self) -> pn.viewable.Viewable:
@@ -121,7 +125,7 @@ class Page(Viewer, Generic[State]):
         with pn.io.hold() if self._context is not None else contextlib.nullcontext():
             more = self.paint()
             self.alert.text = "\n".join([*self._problems, *self.problems()])
-            self.address.query = write_query(self.state)
+            self.address.query = self.query()
         if self._callback is not None:
             self._callback.period = _SOON if self.hurry else _PERIOD
         # In a notebook, what is sent before the browser has drawn the page is lost and can put the channel out of step.

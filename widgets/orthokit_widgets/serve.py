@@ -26,6 +26,7 @@ _ABOUT = {
     "race": "Let several optimizers train side by side; watch loss, spectra and drift, per step or per second.",
     "adapters": "Put OFT, BOFT, HRA or LoRA on real weights; see what stays and how orthogonal the rotation is.",
     "forgetting": "See what fine-tuning learnt and forgot, run by run; pull a run back along its path; start your own.",
+    "inspect": "Look into any model file: spectra, ranks and rows of each matrix, and what fine-tuning changed.",
     "merge": "Merge experts by any method; see what each task, the old knowledge and the layers make of it; save it.",
 }
 
@@ -52,6 +53,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
     from orthokit.lab.runs import runs_root
     from orthokit_widgets.adapters_view import AdaptersPage
     from orthokit_widgets.forgetting_view import ForgettingPage
+    from orthokit_widgets.inspect_view import InspectPage
     from orthokit_widgets.merge_view import MergePage
     from orthokit_widgets.momentum_view import MomentumPage
     from orthokit_widgets.page import PAGES
@@ -85,6 +87,11 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         pn.extension("plotly")
         return MergePage(links=True)
 
+    def inspect() -> Any:
+        pn.extension("plotly")
+        # Whoever reaches a public address must not read this machine's files.
+        return InspectPage(links=True, local=_is_local(address))
+
     links = "".join(f'<li><a href="{url}"><strong>{name}</strong>{_ABOUT[url]}</a></li>' for name, url in PAGES.items())
     template = Template((Path(__file__).parent / "assets" / "index.html").read_text(encoding="utf-8"))
     index = template.substitute(items=links, root=escape(str(folder)))
@@ -107,7 +114,7 @@ def make_server(*, port: int, address: str = "127.0.0.1", root: str | Path | Non
         "websocket_origin": [f"{host}:{port}" for host in hosts],
         "use_index": False,
     }
-    pages: Any = {made.__name__: made for made in (momentum, training, race, adapters, forgetting, merge)}
+    pages: Any = {made.__name__: made for made in (momentum, training, race, adapters, forgetting, merge, inspect)}
     server = get_server(pages, port=port, **options)
     if port == 0:
         # The origins have to name the port that the system chose.
@@ -141,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--num-threads must be at least 1; got {given.num_threads}.")
     if not _is_local(given.address):
         _say(
-            f"Warning: {given.address} can be reached from other machines. Whoever reaches it can start trainings here "
-            "and read the recorded runs; there is no password."
+            f"Warning: {given.address} can be reached from other machines. Whoever reaches it can start trainings, "
+            "upload model files to be inspected, and read the recorded runs; there is no password."
         )
     try:
         port = _free_port(given.address, given.port)
