@@ -71,6 +71,15 @@ def forgetting(page: Page) -> None:
     page.screenshot(path=DOCS / "forgetting.png", full_page=True)
 
 
+def inspect(page: Page) -> None:
+    """A rotated TinyGPT against its base."""
+    asked = "model=tinygpt-oft&base=tinygpt&groups=change&column=rotation_angle&second=tinygpt-lora"
+    page.goto(f"http://127.0.0.1:{PORT}/inspect?{asked}")
+    page.get_by_text("Up to date:").first.wait_for()
+    page.wait_for_timeout(2500)
+    page.screenshot(path=DOCS / "inspect.png", full_page=True)
+
+
 def merge(page: Page) -> None:
     """Three experts merged, with the record beside."""
     page.goto(f"http://127.0.0.1:{PORT}/merge?part=test")
@@ -81,7 +90,8 @@ def merge(page: Page) -> None:
     page.screenshot(path=DOCS / "merge.png", full_page=True)
 
 
-PAGES = {"momentum": momentum, "race": race, "adapters": adapters, "forgetting": forgetting, "merge": merge}
+PAGES = {"momentum": momentum, "race": race, "adapters": adapters, "forgetting": forgetting}
+PAGES |= {"merge": merge, "inspect": inspect}
 
 
 def main() -> None:

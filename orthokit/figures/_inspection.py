@@ -128,11 +128,29 @@ def checked_rows(rows: Rows) -> list[Mapping[str, Any]]:
     return kept
 
 
+_WORDS = {
+    "relative_change": "relative change",
+    "orthogonality_error": "distance from orthogonal",
+    "mp_distance": "distance from random",
+    "above_edge": "values above the noise edge",
+    "above_floor": "values above the rounding floor",
+    "alpha_distance": "distance from the power law",
+    "alpha_tail": "values in the tail",
+    "energy_excess": "energy above random",
+    "outlier_rows": "number of odd rows",
+    "outlier_columns": "number of odd columns",
+    "change_stable_rank": "stable rank of the change",
+    "change_rank": "rank of the change",
+    "rotation_fraction": "rotation-like share",
+    "rotation_angle": "rotation angle",
+    "rotation_residual": "change beside the rotation",
+    "block_size": "block size",
+}
+
+
 def words(column: Column) -> str:
-    """A column's label where it stands in a sentence; "its rank" has lost its neighbour there."""
-    if column.label.startswith("its "):
-        return f"{column.label[4:]} of the change"
-    return {"relative_change": "relative change"}.get(column.name, column.label)
+    """What a column is called in a sentence, where its label has lost its neighbours."""
+    return _WORDS.get(column.name, column.label)
 
 
 def column_values(rows: Rows, column: str) -> np.ndarray:

@@ -38,6 +38,9 @@ __all__ = ["PLOTTED", "inspection_compare", "inspection_depth", "inspection_map"
 
 MOST_MODELS = 4
 
+# Marks along the depth.
+_TICKS = 24
+
 
 def inspection_map(
     rows: Rows, column: str, *, names: Sequence[str] | None = None, title: str | None = None
@@ -157,7 +160,8 @@ def inspection_depth(
         data,
         title=title or f"How does {words(of)} vary with the depth?",
         caption=f"{said}{note}.",
-        xaxis=axis("layer", tickformat="d"),
+        # Layers are whole; a wide plot of few would have a mark between two of them.
+        xaxis=axis("layer", tickformat="d", dtick=-(-len({row["layer"] for row in kept}) // _TICKS)),
         yaxis=vertical,
     )
 

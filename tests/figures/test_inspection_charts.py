@@ -10,7 +10,7 @@ import torch
 from orthokit import figures as F
 from orthokit.diagnostics import COLUMNS, bulk_fit
 from orthokit.errors import OptionError, ShapeError, UnknownNameError
-from orthokit.figures._inspection import PLOTTED, map_cells
+from orthokit.figures._inspection import PLOTTED, map_cells, words
 from orthokit.figures.checkpoint_spectra import spread_indices
 
 ROLES = ("q", "k", "up")
@@ -110,7 +110,7 @@ def test_every_column_of_numbers_has_a_map_a_profile_and_a_comparison(column):
     ):
         go.Figure(figure)
         assert figure["layout"]["title"]["text"].endswith("?")
-        assert COLUMNS[column].label.removeprefix("its ") in figure["layout"]["title"]["text"]
+        assert words(COLUMNS[column]) in figure["layout"]["title"]["text"]
 
 
 def test_the_depth_profile_has_a_line_for_each_role_and_counts_what_has_no_layer():

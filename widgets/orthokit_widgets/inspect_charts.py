@@ -21,7 +21,6 @@ from orthokit.figures._inspection import map_cells, short
 __all__ = ["compare", "density", "depth", "first_choice", "heat", "profiles", "spectra"]
 
 Rows = Sequence[Mapping[str, Any]]
-_TICKS = 24
 
 
 def heat(rows: Rows, column: str) -> dict[str, Any] | None:
@@ -47,13 +46,9 @@ def depth(models: Mapping[str, Rows], column: str) -> dict[str, Any] | None:
     """A measurement along the depth, by role; of several models, of each as a whole."""
     first = next(iter(models.values()))
     try:
-        figure = inspection_depth(None, column, models=models) if len(models) > 1 else inspection_depth(first, column)
+        return inspection_depth(None, column, models=models) if len(models) > 1 else inspection_depth(first, column)
     except ShapeError:  # no rows, or none in a layer
         return None
-    # Layers are whole; a wide plot of few would have a mark between two of them.
-    layers = {int(row["layer"]) for rows in models.values() for row in rows if row["layer"] is not None}
-    figure["layout"]["xaxis"]["dtick"] = -(-len(layers) // _TICKS)
-    return figure
 
 
 def compare(models: Mapping[str, Rows], column: str) -> dict[str, Any] | None:
