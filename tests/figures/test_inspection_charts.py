@@ -39,8 +39,8 @@ def test_each_matrix_stands_in_the_cell_of_its_layer_and_role():
     seen = [cell for row in cells for cell in row if cell is not None]
     assert sorted(seen) == list(range(len(found)))
     heat = F.inspection_map(found, "stable_rank")["data"][0]
-    for role, line, words in zip(roles, heat["z"], heat["text"], strict=True):
-        for layer, value, text in zip(layers, line, words, strict=True):
+    for role, line, told in zip(roles, heat["z"], heat["text"], strict=True):
+        for layer, value, text in zip(layers, line, told, strict=True):
             of_layer = [r for r in found if layer == ("no layer" if r["layer"] is None else str(r["layer"]))]
             here = [r for r in of_layer if r["role"] == role]
             assert value == (here[0]["stable_rank"] if here else None)
