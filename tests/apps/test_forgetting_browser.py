@@ -19,8 +19,9 @@ FRONT, WAYS, GEOMETRY = "Who learns more", "What would going back keep", "Which 
 SERVER = """
 import functools, sys
 from pathlib import Path
-from orthokit_widgets import forgetting_data, forgetting_view, serve
-forgetting_data.evidence_root = lambda: Path(sys.argv[1])
+from orthokit.studies import _engine
+from orthokit_widgets import forgetting_view, serve
+_engine.evidence_root = lambda: Path(sys.argv[1])
 forgetting_view.ForgettingPage = functools.partial(forgetting_view.ForgettingPage, small=True)
 sys.exit(serve.main(["--port", "0", "--root", sys.argv[2]]))
 """

@@ -19,8 +19,9 @@ TASKS, SCALES, RECORD = "How well does the merged model", "Which scale of the ch
 SERVER = """
 import functools, sys
 from pathlib import Path
-from orthokit_widgets import merge_data, merge_view, serve
-merge_data.evidence_root = lambda: Path(sys.argv[1])
+from orthokit.studies import _engine
+from orthokit_widgets import merge_view, serve
+_engine.evidence_root = lambda: Path(sys.argv[1])
 merge_view.MergePage = functools.partial(merge_view.MergePage, small=True, steps=int(sys.argv[3]))
 sys.exit(serve.main(["--port", "0", "--root", sys.argv[2]]))
 """
