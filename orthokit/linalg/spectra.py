@@ -11,6 +11,8 @@ from orthokit.linalg._check import check_finite, check_matrix, working_dtype
 
 __all__ = ["singular_values", "top_singular_value"]
 
+# Steps of a search between two looks at how far it is, each of which costs as much as one.
+_LOOKS = 3
 # Vectors that a search for the largest value starts from.
 _START = 4
 _METHODS = ("svd", "gram", "gram64")
@@ -145,27 +147,35 @@ def top_singular_value(
     columns = W.shape[-1]
     V = torch.randn(columns, min(_START, columns), generator=source, device=source.device, dtype=torch.float64)
     V = V.to(device=W.device, dtype=work.dtype).expand(*W.shape[:-2], *V.shape)
-    block = torch.linalg.qr(V).Q
-    basis, images = block, work @ block
-    sigma = _largest_in(basis, images)
-    for _ in range(1, iterations):
-        room = columns - basis.shape[-1]
+    # Rows, since a product with a few columns takes four times as long as one with a few rows.
+    block = torch.linalg.qr(V).Q.mH.contiguous()
+    image = block @ work.mH
+    basis, images, sigma = block, image, torch.zeros_like(scale[..., 0, 0])
+    for step in range(1, iterations):
+        room = columns - basis.shape[-2]
         if room == 0:
             break
         # Projected twice, and normalised between: what is left of a converged block is rounding, and no direction.
-        block = work.mH @ images[..., -block.shape[-1] :]
+        block = image @ work
         for _ in range(2):
-            block = torch.linalg.qr(block - basis @ (basis.mH @ block)).Q
-        block = block[..., :room]
-        basis, images = torch.cat([basis, block], -1), torch.cat([images, work @ block], -1)
-        previous, sigma = sigma, torch.maximum(sigma, _largest_in(basis, images))
-        if bool((sigma - previous <= tol * sigma).all()):
-            break
-    return sigma * scale[..., 0, 0]
+            block = torch.linalg.qr((block - (block @ basis.mH) @ basis).mH).Q.mH
+        block = block[..., :room, :].contiguous()
+        image = block @ work.mH
+        basis, images = torch.cat([basis, block], -2), torch.cat([images, image], -2)
+        if step % _LOOKS == 0:
+            previous, sigma = sigma, torch.maximum(sigma, _largest_in(basis, images))
+            if bool((sigma - previous <= tol * sigma).all()):
+                break
+    return torch.maximum(sigma, _largest_in(basis, images)) * scale[..., 0, 0]
 
 
 def _largest_in(basis: Tensor, images: Tensor) -> Tensor:
-    """The largest ``||W x|| / ||x||`` of a subspace, taken of the vector: a basis that lost its angles adds nothing."""
-    best = torch.linalg.eigh(images.mH @ images).eigenvectors[..., -1:]
-    over, under = (torch.linalg.vector_norm(part @ best, dim=(-2, -1)) for part in (images, basis))
+    """The largest ``||W x|| / ||x||`` of a subspace, taken of the vector: a basis that lost its angles adds nothing.
+
+    Args:
+        basis: The subspace by rows, ``(..., k, in)``.
+        images: ``W`` times each of them, ``(..., k, out)``.
+    """
+    best = torch.linalg.eigh(images @ images.mH).eigenvectors[..., -1:].mH
+    over, under = (torch.linalg.vector_norm(best @ part, dim=(-2, -1)) for part in (images, basis))
     return over / under
