@@ -12,7 +12,10 @@ from orthokit.merging import merge, merge_line, methods
 
 def models() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     g = torch.Generator().manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
+    # One draw of the weights in a few dozen has a null space that an expert turns by half a circle.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
     experts = [
         {
             name: W + 0.1 * torch.randn(W.shape, generator=g, dtype=W.dtype) if W.is_floating_point() else W
