@@ -31,7 +31,7 @@ import torch
 
 import orthokit
 
-__all__ = ["Case", "Options", "Result", "compare", "machine", "run", "save", "table"]
+__all__ = ["Case", "Options", "Result", "compare", "machine", "record", "run", "save", "table"]
 
 RESULTS = Path(__file__).parent / "results"
 # Shorter samples are repeated to this length: the clock and the interpreter would be a visible share of them.
@@ -258,6 +258,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds: a check that it runs")
     made.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.json")
     return made
+
+
+def record(found: dict[str, Any], *, save: bool) -> None:
+    """Print the result of a benchmark that has no cases, and write it when asked."""
+    text = json.dumps(found, indent=1) + "\n"
+    print(text, end="")
+    if save:
+        (RESULTS / f"{found['benchmark']}.json").write_text(text)
 
 
 def run(

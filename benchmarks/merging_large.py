@@ -5,7 +5,6 @@ far as the disk allows: with too little room there are fewer layers, which the r
 its peak memory and its time are told beside the size of one model.
 """
 
-import json
 import multiprocessing
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.energy import high_water
-from benchmarks.harness import RESULTS, machine, parser
+from benchmarks.harness import machine, parser, record
 from orthokit.checkpoints import CheckpointWriter
 from orthokit.merging import merge_checkpoints
 
@@ -93,9 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "extra_mib": round(peak),
     }
-    print(json.dumps(found, indent=1))
-    if asked.save:
-        (RESULTS / "merging_large.json").write_text(json.dumps(found, indent=1) + "\n")
+    record(found, save=asked.save)
     return found
 
 

@@ -285,6 +285,10 @@ class TestBadNumbers:
         W = torch.full((4, 4), 3e38)
         assert cleaned(W)[1] == 0 and cleaned(W)[0] is W
 
+    def test_complex_numbers_are_not_halved_in_silence(self):
+        row = inspect({"a.weight": gaussian(4, 4).to(torch.complex64), "b.weight": gaussian(4, 4)}).rows[0]
+        assert row["measured"] == "not" and "only real matrices" in row["note"] and row["frobenius"] is None
+
     def test_one_bad_matrix_does_not_end_the_rest(self, monkeypatch):
         def failing(W: Tensor) -> np.ndarray:
             if W.shape[0] == 96:
@@ -365,6 +369,29 @@ class TestCache:
         seen = self.counted(monkeypatch)
         assert len(inspect(on_disk[0])) == 6 and len(seen) == 4
         assert len(inspect(on_disk[0], sample=3)) == 3 and len(inspect(on_disk[0])) == 6 and len(seen) == 4
+
+    def test_a_smaller_look_at_other_matrices_is_remembered_too(self, on_disk, monkeypatch):
+        inspect(on_disk[0], exclude="layers.1.mlp.up_proj*")
+        inspect(on_disk[0], include="layers.1.mlp.up_proj*")
+        seen = self.counted(monkeypatch)
+        assert len(inspect(on_disk[0])) == 6 and not seen
+
+    def test_what_is_done_is_kept_on_the_way(self, on_disk, monkeypatch):
+        monkeypatch.setattr(run, "_KEEP", 0.0)
+
+        def killed(at: object) -> None:
+            if at.look == 2 and at.done == 4:
+                raise MemoryError  # nothing that a look waits for
+
+        with pytest.raises(MemoryError):
+            inspect(on_disk[0], threads=1, progress=killed)
+        seen = self.counted(monkeypatch)
+        inspect(on_disk[0])
+        assert len(seen) <= 3
+
+    def test_a_first_look_alone_leaves_nothing(self, on_disk, tmp_path):
+        inspect(on_disk[0], detail="norms")
+        assert not (tmp_path / "cache").exists()
 
     def test_a_stopped_look_goes_on_where_it_was(self, on_disk, monkeypatch):
         stop = threading.Event()

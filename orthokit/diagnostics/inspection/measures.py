@@ -14,6 +14,7 @@ from orthokit.diagnostics.energy import expected_energy, hyperspherical_energy
 from orthokit.diagnostics.entries import entry_stats, noise_floor, rounding_noise
 from orthokit.diagnostics.spectrum import entropy_rank
 from orthokit.diagnostics.tail import PowerLaw, tail_fit
+from orthokit.errors import DtypeError
 from orthokit.linalg import singular_values, top_singular_value
 
 __all__ = ["cleaned", "exact_spectrum", "first_look", "full_look", "relative_change", "spectrum_columns"]
@@ -32,6 +33,8 @@ _ITERATIONS = 30
 
 def cleaned(W: Tensor) -> tuple[Tensor, int]:
     """The matrix in float32 or better with 0 in the place of what is not finite, and how many entries that are."""
+    if W.is_complex():
+        raise DtypeError(f"it is {W.dtype}; only real matrices are measured. Look at its real and imaginary parts.")
     work = W if W.dtype in (torch.float32, torch.float64) else W.to(torch.float32)
     # One sum tells whether there is anything to look for: it is not finite if an entry is not.
     if bool(torch.isfinite(work.sum())):

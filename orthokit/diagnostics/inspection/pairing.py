@@ -71,7 +71,8 @@ class Pairing:
         other = self.read(name)
         if other is None or not other.is_floating_point():
             return None
-        return relative_change(self.here.read(name), other)
+        own = self.here.read(name)
+        return relative_change(own, other.to(own.device))
 
 
 def paired(here: Source, there: Source | None) -> Pairing:

@@ -28,6 +28,8 @@ from orthokit.matrices import MatrixBlock
 __all__ = ["inspect"]
 
 _DETAILS = ("spectrum", "norms")
+# Seconds between two times that what is measured is remembered.
+_KEEP = 30.0
 _ARRAYS = ("spectra", "base_spectra", "changes", "profiles")
 Index = tuple[int, ...]
 
@@ -125,16 +127,21 @@ def inspect(
         key = cache_key(model=here.digest, base=digest, settings=splits) if cache else ""
         before = recall(key)
         look.take_over(before)
+        known = {row["name"] for row in look.rows.values() if row["measured"] == "full"}
+
+        def keep() -> None:
+            if any(row["measured"] == "full" and row["name"] not in known for row in look.rows.values()):
+                remember(key, look.found() if before is None else look.joined(before))
+
+        look.keep = keep
         try:
             look.run(detail, threads or max(1, torch.get_num_threads()))
         except KeyboardInterrupt:
             look.interrupted = True
             if not look.rows:
                 raise
-        found = look.found()
-        if before is None or len(found.spectra) > len(before.spectra):
-            remember(key, found if before is None else look.joined(before))
-        return found
+        keep()
+        return look.found()
 
 
 @dataclass
@@ -152,6 +159,8 @@ class _Look:
     result: Inspection = field(default_factory=lambda: Inspection(""))
     interrupted: bool = False
     rest: dict[str, float | None] = field(default_factory=dict)
+    keep: Callable[[], None] = field(default=lambda: None)
+    kept: float = 0.0
 
     def plan(self, sample: int | None) -> None:
         """Choose the matrices, by parameter, since a parameter is read as a whole."""
@@ -207,6 +216,10 @@ class _Look:
                 if self.progress is not None:
                     rows = [self.rows[own] for own, _, _ in self.parameters[name]]
                     self.progress(InspectionProgress(name, look, done, total, self.elapsed(), rows))
+                # So that a process that is killed has not worked for nothing.
+                if self.elapsed() - self.kept > _KEEP:
+                    self.keep()
+                    self.kept = self.elapsed()
 
             whole = run_bounded(measure, todo, threads=threads, done=told, order="given", stop=self.stop)
             self.interrupted |= not whole
@@ -228,6 +241,7 @@ class _Look:
         """The matrices of a parameter with those of the base."""
         whole = self.here.read(parameter)
         other = self.pairing.read(parameter)
+        other = None if other is None else other.to(whole.device)
         for name, block, index in self.parameters[parameter]:
             if self._wants(self.rows[name], look):
                 yield name, block.read(whole)[index], None if other is None else block.read(other)[index]
@@ -276,11 +290,11 @@ class _Look:
         """The columns of a comparison; what lies behind them is kept beside."""
         precision = self.pairing.precision(parameter, W, W0)
         change = weight_change(W0, W, rank=self.rank, sigma=torch.from_numpy(sigma), **precision)
-        self.result.base_spectra[name] = change.base_singular_values.numpy()
-        self.result.changes[name] = change.singular_values.numpy()
+        self.result.base_spectra[name] = change.base_singular_values.cpu().numpy()
+        self.result.changes[name] = change.singular_values.cpu().numpy()
         self.result.profiles[name] = {
-            "retention_drift": change.retention_drift.numpy(),
-            "adaptation": change.adaptation.numpy(),
+            "retention_drift": change.retention_drift.cpu().numpy(),
+            "adaptation": change.adaptation.cpu().numpy(),
         }
         return change.row()
 
