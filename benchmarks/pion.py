@@ -7,7 +7,8 @@ CPUs, so the baseline is torch.optim.Muon, the optimizer it would replace. The r
 Two more candidates do what no Pion can leave out: its products alone, and one pass of fused AdamW over its moments.
 Their sum is the least a step could take with these operations, and is printed below the tables. What lies above it is
 folding and unfolding generators, rounding them and the weights to the dtype of the products, and the calls themselves:
-for the GPT the share of each class of operation is printed as well, as torch's profiler finds it within whole steps.
+for the GPT the share of each class of operation is printed as well, as torch's profiler finds it within whole steps,
+where the matrices go one by one: without a profiler a step moves them side by side, one core each.
 """
 
 from collections import defaultdict

@@ -1,21 +1,29 @@
-"""Many pieces of work through a few threads: how much is in memory is bounded, and somebody is told how far it is."""
+"""Work through a few threads: long pieces with bounded memory and progress, short ones on one core each."""
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import torch
 
-__all__ = ["clock", "run_bounded"]
+__all__ = ["clock", "run_bounded", "seat", "share_out"]
+
+T = TypeVar("T")
 
 # Elements that may be in the works per thread beside each other. Whatever is larger is worked on by itself.
 _AT_ONCE = 1 << 26
 # Seconds between two looks at whether to stop.
 _LOOK = 0.2
+# How much longer than with equal shares the fullest core may work before the dearest piece gets all cores instead.
+_UNEVEN = 1.2
 
 
 def run_bounded(
@@ -77,6 +85,118 @@ def _shared_cores(share: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def share_out(work: Callable[[T], object], items: Sequence[T], costs: Sequence[float]) -> None:
+    """Call ``work`` for every item without gradients, several at a time on one core each.
+
+    One matrix on all cores waits for the slowest of them at every operation, and for the interpreter between two: many
+    matrices on one core each do not. It pays from about a millisecond of work on.
+
+    Args:
+        work: What is to be done with an item. It writes nothing that the work for another item reads or writes, and
+            takes scratch memory by :func:`seat`. The first error it raises ends the rest and is raised here.
+        items: Whatever it takes; those for which it takes longest begin.
+        costs: How long each takes, in any unit.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) < 2 or _watched():
+        for item in items:
+            work(item)
+        return
+    order, rest = sorted(range(len(items)), key=costs.__getitem__), sum(costs)
+    while order and _fullest([costs[i] for i in reversed(order)], threads) > _UNEVEN * rest / threads:
+        rest -= costs[order[-1]]
+        work(items[order.pop()])
+    waiting = deque(items[i] for i in reversed(order))
+    inference = torch.is_inference_mode_enabled()
+
+    def take() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            while True:
+                try:
+                    item = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    work(item)
+                except BaseException:
+                    waiting.clear()
+                    raise
+
+    running: list[Future[None]] = []
+    try:
+        try:
+            crew = _crew(threads)
+            running.extend(crew.submit(take) for _ in range(min(threads, len(order))))
+        except RuntimeError:
+            # No thread begins any more: the main thread has ended, or the system gives none. What is left is done here.
+            take()
+        for future in running:
+            future.result()
+    finally:
+        waiting.clear()
+        wait(running)
+
+
+def seat() -> int:
+    """Which of the threads of :func:`share_out` this one is, from 1; 0 for any other thread."""
+    return getattr(_HERE, "seat", 0)
+
+
+_HERE = threading.local()
+_CREWS: dict[int, ThreadPoolExecutor] = {}
+_HIRING = threading.Lock()
+# A forked process has none of the threads of its parent.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_CREWS.clear)
+
+
+def _crew(size: int) -> ThreadPoolExecutor:
+    """That many threads of one core each; they stay, since new ones would have to set up their products again."""
+    with _HIRING:
+        if size not in _CREWS:
+            crew, present = ThreadPoolExecutor(size, "orthokit-core"), threading.Barrier(size + 1)
+
+            def sit_down(number: int) -> None:
+                torch.get_num_threads()  # a thread's first look takes over the number of the process: have it now
+                torch.set_num_threads(1)
+                _HERE.seat = number
+                present.wait()
+
+            try:
+                for number in range(1, size + 1):
+                    crew.submit(sit_down, number)
+                present.wait()
+            except BaseException:
+                present.abort()  # or those that sit would wait for the others for good, and the process with them
+                crew.shutdown()
+                raise
+            finally:
+                # What one thread asks for becomes the number of every thread that begins later.
+                torch.set_num_threads(size)
+            _CREWS[size] = crew
+        return _CREWS[size]
+
+
+def _fullest(costs: Sequence[float], threads: int) -> float:
+    """How long the last of the threads works if each takes the dearest piece left; ``costs`` begin with the dearest."""
+    ends = [0.0] * threads
+    for cost in costs:
+        heapq.heapreplace(ends, ends[0] + cost)
+    return max(ends)
+
+
+def _watched() -> bool:
+    """Whether something of this thread alone looks at, or changes, each operation: other threads would escape it."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    )
 
 
 def clock() -> Callable[[], float]:

@@ -7,18 +7,20 @@ from math import prod
 import torch
 from torch import Tensor
 
+from orthokit._threads import seat
+
 __all__ = ["Workspace"]
 
 
 class Workspace:
-    """Named scratch memory. What it lends under a name is valid until that name is asked for again."""
+    """Named scratch memory. What it lends under a name is valid until the same thread asks for that name again."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[int, str, torch.dtype, torch.device], Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor with arbitrary content; the memory grows when a larger one is asked for."""
-        size, key = prod(shape), (name, dtype, device)
+        size, key = prod(shape), (seat(), name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,29 @@ from torch import Tensor
 from orthokit.device import fast_matmul_dtype
 from orthokit.matrices import MatrixBlock
 
-__all__ = ["Chunk", "Piece", "Plan", "decay", "iteration_dtype", "iteration_options", "like", "strips", "write_back"]
+__all__ = [
+    "Chunk",
+    "Piece",
+    "Plan",
+    "chunks",
+    "decay",
+    "iteration_dtype",
+    "iteration_options",
+    "like",
+    "strips",
+    "write_back",
+]
 
 # Up to m m n with m the shorter side, the kernels of half precision cost more than the work: float32 is three times as
 # fast for one matrix, and for a stack of many between as fast and half slower. The second bound is that of a whole
 # stack, where one process knows all of it: one matrix of 128 x 128, eight of 64 x 64.
 _TINY, _TINY_STACK = 1 << 17, 1 << 21
+# Entries that go through the iteration at once. On one core of a CPU a few matrices at a time, small enough that the
+# buffers stay in the caches; on several half as many, so that each has its own. Where that leaves less than a few
+# chunks a core they get smaller, down to what handing them out is worth. On other devices the launch of a kernel costs.
+_CHUNK, _CHUNK_OF_CORE, _CHUNK_LEAST = 1 << 22, 1 << 21, 1 << 20
+_CHUNKS_OF_CORE = 2
+_CHUNK_ELSEWHERE = 1 << 27
 # Entries that several passes go over before the next ones are touched: a few tensors of them fit in a core's cache.
 _STRIP = 1 << 16
 
@@ -115,9 +133,9 @@ def iteration_dtype(x: Tensor, shape: Sequence[int], group: dict[str, Any]) -> t
         return x.dtype
     agreed, (rows, columns) = group.get("agreed_dtype"), shape[-2:]
     work = min(rows, columns) * rows * columns
-    if work <= _TINY or (agreed is None and prod(shape[:-2]) * work <= _TINY_STACK):
+    if work <= _TINY or (agreed is None and math.prod(shape[:-2]) * work <= _TINY_STACK):
         return torch.float32
-    return agreed or fast_matmul_dtype(x.device)
+    return agreed or group.get("fast_dtype") or fast_matmul_dtype(x.device)
 
 
 def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:
@@ -145,3 +163,32 @@ def write_back(chunk: Chunk, values: list[Tensor], tensors: list[Tensor] | None 
         target = piece.parameter if tensors is None else tensors[i]
         if value.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
             piece.block.write(target, value.view(piece.block.shape))
+
+
+def chunks(pieces: list[Piece]) -> Iterator[Chunk]:
+    """Pieces of one shape, dtype and device together, as many as the caches hold."""
+    alike: dict[tuple, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        p = piece.parameter
+        alike[(*piece.block.shape[-2:], p.dtype, piece.gradient.dtype, p.device)].append(piece)
+    total = sum(piece.block.numel for piece in pieces)
+    for members in alike.values():
+        entries = sum(piece.block.numel for piece in members)
+        # Equal shares: a small rest would keep a core waiting.
+        share = entries / math.ceil(entries / _room(members[0].parameter.device, total))
+        found: dict[int, Chunk] = defaultdict(Chunk)
+        start = 0
+        for piece in members:
+            found[int((start + piece.block.numel / 2) // share)].append(piece)
+            start += piece.block.numel
+        yield from found.values()
+
+
+def _room(device: torch.device, total: int) -> int:
+    """Entries of a chunk, for that many in all."""
+    if device.type != "cpu":
+        return _CHUNK_ELSEWHERE
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return _CHUNK
+    return max(_CHUNK_LEAST, min(_CHUNK_OF_CORE, total // (_CHUNKS_OF_CORE * threads)))

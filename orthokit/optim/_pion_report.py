@@ -11,9 +11,9 @@ from torch import Tensor
 from orthokit.errors import ParameterError
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.spectra import top_singular_value
+from orthokit.optim._pieces import Piece
 from orthokit.optim._pion_state import fine_weight, product_dtype
 from orthokit.optim._pion_step import Chunk
-from orthokit.optim.muon import Piece
 
 if TYPE_CHECKING:
     import pandas as pd

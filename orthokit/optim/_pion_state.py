@@ -31,7 +31,7 @@ def product_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     """The dtype of the products for a parameter."""
     if group["dtype"] is not None:
         return group["dtype"]
-    return p.dtype if p.dtype == torch.float64 else fast_matmul_dtype(p.device)
+    return p.dtype if p.dtype == torch.float64 else group.get("fast_dtype") or fast_matmul_dtype(p.device)
 
 
 def state_sizes(block: MatrixBlock, group: dict[str, Any]) -> dict[str, int]:

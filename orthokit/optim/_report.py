@@ -11,7 +11,7 @@ from torch import Tensor
 from orthokit.device import matmul_rates
 from orthokit.errors import ParameterError
 from orthokit.linalg.polar import orthogonalize_
-from orthokit.optim._pieces import Piece, iteration_options
+from orthokit.optim._pieces import Piece, chunks, iteration_options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +33,6 @@ def iteration_flop(rows: int, columns: int, *, steps: int, polish: int = 0) -> f
 def update_report(optimizer: Muon, *, time: bool) -> pd.DataFrame:
     """See ``Muon.report``."""
     import pandas as pd
-
-    from orthokit.optim.muon import chunks
 
     rows = []
     for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from orthokit.optim._pieces import Piece, decay, iteration_dtype
+from orthokit.optim._pieces import Piece, chunks, decay, iteration_dtype
 from orthokit.optim.rates import lr_ratio
 from orthokit.optim.sharded import MatrixExchange, local_part
 
@@ -124,8 +124,6 @@ def _write_directions(
     optimizer: Muon, group: dict[str, Any], present: list[Tensor | None], results: list[Tensor | None]
 ) -> None:
     """The (normalised) polar factor of every block of the whole tensors."""
-    from orthokit.optim.muon import chunks
-
     owned = {x: result for x, result in zip(present, results, strict=True) if x is not None and result is not None}
     for pieces in chunks([Piece(x, block) for x in owned for block in optimizer.blocks(x)]):
         stack = optimizer._stacked(pieces, pieces.of([piece.parameter for piece in pieces]), group)

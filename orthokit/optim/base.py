@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthokit._threads import share_out
+from orthokit.device import fast_matmul_dtype
 from orthokit.errors import OptionError
 from orthokit.matrices import MatrixBlock
+from orthokit.optim._pieces import Piece
 from orthokit.optim.blocks import block_by_shape, check_gradients
 
 if TYPE_CHECKING:
     from orthokit.optim.sharded import MatrixExchange
 
 __all__ = ["MatrixOptimizer", "check_rate", "keep_dtypes"]
+
+# Entries up to which chunks are moved side by side: the scratch memory of each is a few times as large.
+_SHARED = 1 << 24
+# FLOP of a step from which it pays to hand them out.
+_WORTH = 1e8
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -101,6 +109,31 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """FLOP of one step of a block, up to a factor; what the work of several processes is balanced by."""
         m, n = sorted(block.shape[-2:])
         return float(block.count * m * m * n)
+
+    def _share(
+        self, chunks: Sequence[Sequence[Piece]], move: Callable[[Any, dict[str, Any]], None], group: dict[str, Any]
+    ) -> None:
+        """Call ``move(chunk, group)`` for every chunk: on a CPU for several at a time, on one core each."""
+        together: list[Sequence[Piece]] = []
+        if len(chunks) > 1 and torch.get_num_threads() > 1:
+            together = [chunk for chunk in chunks if _can_share(chunk)]
+        costs = [sum(self._cost(piece.block, group) for piece in chunk) for chunk in together]
+        if not together or sum(costs) < _WORTH:
+            for chunk in chunks:
+                move(chunk, group)
+            return
+        for chunk in chunks:
+            if not _can_share(chunk):
+                move(chunk, group)
+        if group.get("ns_dtype", group.get("dtype")) is None:
+            # Measured here, where there are as many threads as at every other time.
+            group = {**group, "fast_dtype": fast_matmul_dtype("cpu")}
+        for chunk in together:
+            self._settle(chunk, group)
+        share_out(lambda chunk: move(chunk, group), together, costs)
+
+    def _settle(self, chunk: Sequence[Piece], group: dict[str, Any]) -> None:
+        """Make what several chunks might otherwise make at once: the state of a parameter that they are parts of."""
 
     def _has_owner_state(self, group: dict[str, Any]) -> bool:
         """Whether the owners of the matrices of a group hold state of their own; the same on every process."""
@@ -216,6 +249,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def blocks(self, parameter: Tensor) -> list[MatrixBlock]:
         """The matrix blocks in which ``parameter`` is updated."""
         return self._blocks[parameter]
+
+
+def _can_share(chunk: Sequence[Piece]) -> bool:
+    return chunk[0].parameter.is_cpu and sum(piece.block.numel for piece in chunk) <= _SHARED
 
 
 def check_rate(group: dict[str, Any], *names: str) -> None:

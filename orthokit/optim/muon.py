@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from orthokit.optim._pieces import (
     Chunk,
     Piece,
     Plan,
+    chunks,
     decay,
     iteration_dtype,
     iteration_options,
@@ -38,10 +38,6 @@ ORDERS = ("pre", "post", "none")
 DECAYS = ("decoupled", "cautious")
 NORMALIZATIONS = (None, "neuron")
 
-# Entries that go through the iteration at once. On CPUs a few matrices at a time: enough to share among the cores, and
-# small enough that the buffers stay in the caches. On other devices the launch of a kernel is what costs.
-_CHUNK = {"cpu": 1 << 22}
-_CHUNK_ELSEWHERE = 1 << 27
 # Entries from which a matrix is handled by itself through one scratch buffer; below, calls cost more than memory.
 _LARGE = 1 << 15
 # Entries up to which a matrix by itself is not worth cutting into strips.
@@ -199,13 +195,22 @@ class Muon(MatrixOptimizer):
         if group["order"] == "pre" and plan.apart:
             buffers = [self._buffer(p) for p in plan.apart]
             torch._foreach_lerp_(buffers, [p.grad for p in plan.apart], 1 - group["momentum"])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for chunk in plan.chunks:
-            stack = self._stack(chunk, group, advance=True)
-            self._apply(chunk, self._directions(chunk, stack, group), group)
+        self._share(plan.chunks, self._move, group)
+
+    def _move(self, chunk: Chunk, group: dict[str, Any]) -> None:
+        stack = self._stack(chunk, group, advance=True)
+        self._apply(chunk, self._directions(chunk, stack, group), group)
+
+    def _settle(self, chunk: Sequence[Piece], group: dict[str, Any]) -> None:
+        for piece in chunk:
+            if group["order"] != "none":
+                self._buffer(piece.parameter)
+            if group["normalize"] is not None:
+                self._row_moments(piece)
 
     def _planned(self, moved: list[Tensor]) -> Plan:
         """The chunks of a step. They are kept: with many small matrices, making them costs as much as the products."""
-        key = tuple((id(p), p.dtype, p.grad.dtype, p.device) for p in moved)  # pyright: ignore[reportOptionalMemberAccess]
+        key = (torch.get_num_threads(), *((id(p), p.dtype, p.grad.dtype, p.device) for p in moved))  # pyright: ignore[reportOptionalMemberAccess]
         if key not in self._plans:
             if len(self._plans) > 2 * len(self.param_groups):
                 self._plans.clear()  # other parameters have gradients at every step
@@ -380,21 +385,3 @@ class Muon(MatrixOptimizer):
 def _quick(tensors: list[Tensor]) -> bool:
     """Whether these blocks of one shape are best handled in few calls."""
     return tensors[0].numel() < _LARGE or (len(tensors) == 1 and tensors[0].numel() <= _ALONE)
-
-
-def chunks(pieces: list[Piece]) -> Iterator[Chunk]:
-    """Pieces of one shape, dtype and device together, as many as the caches hold."""
-    alike: dict[tuple, list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        p = piece.parameter
-        alike[(*piece.block.shape[-2:], p.dtype, piece.gradient.dtype, p.device)].append(piece)
-    for members in alike.values():
-        room = _CHUNK.get(members[0].parameter.device.type, _CHUNK_ELSEWHERE)
-        chunk, size = Chunk(), 0
-        for piece in members:
-            if chunk and size + piece.block.numel > room:
-                yield chunk
-                chunk, size = Chunk(), 0
-            chunk.append(piece)
-            size += piece.block.numel
-        yield chunk

@@ -12,6 +12,7 @@ from torch import Tensor
 from orthokit.errors import OptionError, ParameterError, unknown_name
 from orthokit.linalg._workspace import Workspace
 from orthokit.matrices import MatrixBlock
+from orthokit.optim._pieces import Piece, chunks
 from orthokit.optim._pion_maps import check_map
 from orthokit.optim._pion_report import pion_report
 from orthokit.optim._pion_state import (
@@ -24,7 +25,6 @@ from orthokit.optim._pion_state import (
 )
 from orthokit.optim._pion_step import Chunk, takes_parts
 from orthokit.optim.base import MatrixOptimizer, check_rate
-from orthokit.optim.muon import Piece, chunks
 
 __all__ = ["Pion"]
 
@@ -213,11 +213,9 @@ class Pion(MatrixOptimizer):
                 self.state[p].update(new_state(p, self._blocks[p], group))
             self.state[p]["step"] += 1
             alike[int(self.state[p]["step"])] += [Piece(p, block) for block in self._blocks[p]]
-        for step, pieces in alike.items():
-            for members in step_chunks(pieces):
-                self._move(members, group, step)
+        self._share([members for pieces in alike.values() for members in step_chunks(pieces)], self._move, group)
 
-    def _move(self, members: list[Piece], group: dict[str, Any], step: int) -> None:
+    def _move(self, members: list[Piece], group: dict[str, Any]) -> None:
         """One step of matrices of one shape."""
         first, states = members[0].parameter, [self.state_of(piece, group) for piece in members]
         weights = [piece.of(piece.parameter) for piece in members]
@@ -233,7 +231,7 @@ class Pion(MatrixOptimizer):
             [piece.of(piece.gradient) for piece in members],
             states,
             group,
-            step=step,
+            step=int(self.state[first]["step"]),
             dtype=product_dtype(first, group),
             workspace=self._workspace,
         ).rotate()

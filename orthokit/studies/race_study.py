@@ -72,6 +72,7 @@ _MATRIX = (
     *(f"linalg/{name}.py" for name in ("polar", "_iteration", "_workspace", "coefficients")),
     "matrices/*.py",
     "device.py",
+    "_threads.py",
 )
 OPTIMIZER_SOURCES: dict[str, tuple[str, ...]] = {
     "AdamW": (),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
+from orthokit._threads import seat
 from orthokit.errors import NonFiniteError, OptionError, ParameterError
-from orthokit.optim import OPTIMIZERS
+from orthokit.optim import OPTIMIZERS, _pieces, base
 
 ORDERS = ("pre", "post", "none")
 CASES = [
@@ -409,3 +410,31 @@ def test_a_compiled_model_trains_alike(kind, options):
     compiled = train(lambda model: torch.compile(model, backend="eager"))
     for a, b in zip(train(lambda model: model), compiled, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_matrices_moved_side_by_side_end_where_they_end_one_by_one(monkeypatch, kind, options):
+    """To the last bit: each goes through the same operations on one core."""
+    monkeypatch.setattr(base, "_WORTH", 0.0)
+    for name in ("_CHUNK", "_CHUNK_OF_CORE", "_CHUNK_LEAST"):
+        monkeypatch.setattr(_pieces, name, 1)
+    products = {"dtype" if kind in REAL_ONLY else "ns_dtype": torch.float32}
+    before, found = torch.get_num_threads(), []
+    seats: set[int] = set()
+    share = base.share_out
+    monkeypatch.setattr(
+        base,
+        "share_out",
+        lambda work, *args: share(lambda item: (seats.add(seat()), work(item)), *args),
+    )
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        params = parameters(shapes=SHAPES * 3)
+        optimizer = kind(params, lr=0.1, **options, **products)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+        found.append(values(params))
+    torch.set_num_threads(before)
+    assert seats == {1, 2}  # the second time really went through the threads
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

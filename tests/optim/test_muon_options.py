@@ -135,7 +135,8 @@ def test_the_size_of_a_stack_changes_no_result(monkeypatch, room, large, alone, 
         return [p.detach() for p in params]
 
     expected = train()
-    monkeypatch.setattr(module, "_CHUNK", {"cpu": room})
+    for name in ("_CHUNK", "_CHUNK_OF_CORE", "_CHUNK_LEAST"):
+        monkeypatch.setattr(_pieces, name, room)
     monkeypatch.setattr(module, "_LARGE", large)
     monkeypatch.setattr(module, "_ALONE", alone)
     # Products of differently sized batches may round differently; bfloat16 weights then land on a neighbour.
