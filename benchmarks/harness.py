@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 import orthokit
+from orthokit.device import processor
 
 __all__ = ["Case", "Options", "Result", "compare", "machine", "record", "run", "save", "table"]
 
@@ -172,20 +173,11 @@ def compare(case: Case, *, rounds: int, warmup: int = 2) -> Result:
     return Result(case, wall, cpu)
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
 def machine() -> dict[str, Any]:
     """What a number measured here should be read with."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "vector_units": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

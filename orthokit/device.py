@@ -20,10 +20,10 @@ import torch
 
 from orthokit.errors import DeviceError
 
-__all__ = ["cache_dir", "describe", "fast_matmul_dtype", "generator", "matmul_rates", "pick_device"]
+__all__ = ["cache_dir", "describe", "fast_matmul_dtype", "generator", "matmul_rates", "pick_device", "processor"]
 
-# A dtype of half the bits must win clearly before it is worth its rounding error.
-_WORTHWHILE = 1.5
+# A dtype of half the bits must win clearly before it is worth its rounding error; asked about one size, by a tenth.
+_WORTHWHILE, _WORTHWHILE_THERE = 1.5, 1.1
 
 
 def cache_dir() -> Path:
@@ -111,21 +111,33 @@ def _rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float) -> f
 
 
 @functools.cache
-def _device_key(device: torch.device, threads: int) -> str:
-    if device.type == "cuda":
-        what = torch.cuda.get_device_name(device)
-    else:
-        what = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()} cores"
-    return f"{device.type} {what} {threads} threads torch {torch.__version__}"
+def processor() -> str:
+    """The name of this machine's processor, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 @functools.cache
-def _cached_rates(key: str, device: torch.device) -> dict[str, float]:
+def _device_key(device: torch.device, threads: int, side: int | None = None) -> str:
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    else:
+        what = f"{processor()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()} cores"
+    of = "" if side is None else f" side {side}"
+    return f"{device.type} {what} {threads} threads torch {torch.__version__}{of}"
+
+
+@functools.cache
+def _cached_rates(key: str, device: torch.device, side: int | None = None) -> dict[str, float]:
     path = cache_dir() / "matmul.json"
     # A missing or damaged entry is no error: the rates are measured again.
     with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
         return {name: float(rate) for name, rate in _known(path)[key].items()}
-    n = 2048 if device.type == "cuda" else 512
+    n = side or (2048 if device.type == "cuda" else 512)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     rates = {name: _rate(device, dtype, n, 0.05) for name, dtype in dtypes.items()}
     _store(path, key, rates)
@@ -151,13 +163,14 @@ def _store(path: Path, key: str, rates: dict[str, float]) -> None:
         return  # a home that cannot be written costs the next process one more measurement, nothing else
 
 
-def matmul_rates(device: str | torch.device = "cpu") -> dict[str, float]:
+def matmul_rates(device: str | torch.device = "cpu", *, side: int | None = None) -> dict[str, float]:
     """How fast this machine multiplies square matrices, per dtype, in FLOP/s.
 
     Measured once for each machine, thread count and torch version (0.05 s a dtype) and kept in :func:`cache_dir`.
 
     Args:
         device: Where to measure; default the CPU.
+        side: Rows of the matrices, ``>= 1``; default large ones: 512 on a CPU, 2048 on CUDA.
 
     Returns:
         ``{"float32": ..., "bfloat16": ..., "float16": ...}`` in FLOP/s.
@@ -167,26 +180,28 @@ def matmul_rates(device: str | torch.device = "cpu") -> dict[str, float]:
         True
     """
     where = torch.device(device)
-    return dict(_cached_rates(_device_key(where, torch.get_num_threads()), where))
+    return dict(_cached_rates(_device_key(where, torch.get_num_threads(), side), where, side))
 
 
-def fast_matmul_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+def fast_matmul_dtype(device: str | torch.device = "cpu", *, side: int | None = None) -> torch.dtype:
     """The dtype to run Newton-Schulz style iterations in: bfloat16 where it is clearly faster, else float32.
 
     float16 is never chosen: its range of 6e-5 ... 65504 loses small singular values that bfloat16 keeps.
 
     Args:
         device: Where the products will run; default the CPU.
+        side: Rows of the matrices, ``>= 1``; default large ones. For small ones, the fixed cost of a product decides.
 
     Returns:
-        ``torch.bfloat16`` if its measured rate is at least 1.5 times float32's, else ``torch.float32``.
+        ``torch.bfloat16`` if its measured rate is at least 1.5 times float32's (1.1 times if a ``side`` was given),
+        else ``torch.float32``.
 
     Example:
         >>> fast_matmul_dtype() in (torch.float32, torch.bfloat16)
         True
     """
-    rates = matmul_rates(device)
-    return torch.bfloat16 if rates["bfloat16"] >= _WORTHWHILE * rates["float32"] else torch.float32
+    rates, least = matmul_rates(device, side=side), _WORTHWHILE if side is None else _WORTHWHILE_THERE
+    return torch.bfloat16 if rates["bfloat16"] >= least * rates["float32"] else torch.float32
 
 
 def _threads() -> str:

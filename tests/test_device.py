@@ -121,12 +121,27 @@ def test_callers_cannot_change_what_is_kept(cache, measured):
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "expected"), [(4e9, torch.bfloat16), (1.5e9, torch.bfloat16), (1.4e9, torch.float32)]
+    ("bfloat16", "expected", "small"),
+    [
+        (4e9, torch.bfloat16, torch.bfloat16),
+        (1.5e9, torch.bfloat16, torch.bfloat16),
+        (1.4e9, torch.float32, torch.bfloat16),
+        (1.05e9, torch.float32, torch.float32),
+    ],
 )
-def test_half_precision_has_to_win_clearly(monkeypatch, bfloat16, expected):
+def test_half_precision_has_to_win_clearly(monkeypatch, bfloat16, expected, small):
     rates = {"float32": 1e9, "bfloat16": bfloat16, "float16": 9e9}
-    monkeypatch.setattr(device, "matmul_rates", lambda where: rates)
+    monkeypatch.setattr(device, "matmul_rates", lambda where, side: rates)
     assert device.fast_matmul_dtype() == expected
+    assert device.fast_matmul_dtype(side=128) == small
+
+
+def test_the_rates_of_one_size_are_kept_by_themselves(cache, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(device, "_rate", lambda where, dtype, n, seconds: sizes.append(n) or float(n))
+    assert device.matmul_rates(side=128)["float32"] == 128 and device.matmul_rates()["float32"] == 512
+    assert device.matmul_rates(side=128)["float32"] == 128 and sizes == [128] * 3 + [512] * 3
+    assert all(device.processor() in key for key in json.loads(cache.read_text()))
 
 
 def test_description_names_the_threads_and_the_dtype(cache, measured):

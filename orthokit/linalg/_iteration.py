@@ -34,8 +34,9 @@ _FEW_CALLS_FLOAT32 = 160
 # From which longer over shorter side on two steps are made of one Gram matrix: six products of the short side take the
 # place of two with the long one. More than two would let the rounding of bfloat16 grow into negative "squares".
 _PAIRED = 2
-# Entries from which buffers are lent.
-_LENT = 1 << 14
+# Entries from which buffers are lent; below, a fresh one is cheaper than the look-up of an old one. For one matrix by
+# itself the allocator has the same pages at hand every time.
+_LENT, _LENT_ALONE = 1 << 14, 1 << 18
 
 
 def iterate_differentiable(
@@ -81,11 +82,16 @@ def iterate(
         workspace: Where the other buffers come from; with one, the result may lie in it.
     """
     # A tall batch keeps its layout, with the small matrix on the right: turning it would cost a strided copy.
-    tall = X.shape[-2] > X.shape[-1]
-    small = (X.shape[0], *(min(X.shape[-2:]),) * 2)
+    shape = X.shape
+    tall, side, single = shape[-2] > shape[-1], min(shape[-2:]), shape[0] == 1
+    alone = single and max(shape[-2:]) < _PAIRED * side
+    large = _FEW_CALLS_FLOAT32 if X.dtype == torch.float32 else _LARGE_ALONE if alone else _LARGE
+    few = side < large and scaling == "frobenius"
+    if few and polish == 0 and single and X.numel() <= _LENT_ALONE:
+        return _by_few_calls(X, table, headroom=headroom, eps=eps)
+    small = (shape[0], side, side)
     memory = Workspace() if workspace is None else workspace
     keep, spare = not overwrite, None
-    # A fresh buffer of a few pages is cheaper than the look-up of an old one.
     lend = X.numel() >= _LENT
 
     def borrow(name: str, shape: tuple[int, ...]) -> Tensor | None:
@@ -104,9 +110,7 @@ def iterate(
         return torch.bmm(X, factor, out=target()) if tall else torch.bmm(factor, X, out=target())
 
     A, B = borrow("gram", small), borrow("factor", small)
-    alone = X.shape[0] == 1 and max(X.shape[-2:]) < _PAIRED * small[-1]
-    large = _FEW_CALLS_FLOAT32 if X.dtype == torch.float32 else _LARGE_ALONE if alone else _LARGE
-    if small[-1] < large and scaling == "frobenius":
+    if few:
         other = borrow("kept", tuple(X.shape)) if keep else X
         turns = (borrow("turn", tuple(X.shape)), other if lend else None)
         X = _by_few_calls(X, table, headroom=headroom, eps=eps, gram=A, factor=B, turns=turns)
@@ -148,9 +152,9 @@ def _by_few_calls(
     *,
     headroom: float,
     eps: float,
-    gram: Tensor | None,
-    factor: Tensor | None,
-    turns: tuple[Tensor | None, Tensor | None],
+    gram: Tensor | None = None,
+    factor: Tensor | None = None,
+    turns: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """The rows of a table in three calls each, for small matrices, whose calls are what costs; into what is given."""
     tall = X.shape[-2] > X.shape[-1]

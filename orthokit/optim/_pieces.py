@@ -23,14 +23,17 @@ __all__ = [
     "iteration_dtype",
     "iteration_options",
     "like",
+    "measured_dtypes",
+    "shrink",
     "strips",
     "write_back",
 ]
 
 # Up to m m n with m the shorter side, the kernels of half precision cost more than the work: float32 is three times as
-# fast for one matrix, and for a stack of many between as fast and half slower. The second bound is that of a whole
-# stack, where one process knows all of it: one matrix of 128 x 128, eight of 64 x 64.
-_TINY, _TINY_STACK = 1 << 17, 1 << 21
+# fast for one matrix, and for a stack of many between as fast and half slower. The other bounds are those of a whole
+# stack, where one process knows all of it. Up to the last of them, one matrix of 128 x 128 or eight of 64 x 64, it
+# depends on the processor, so products of that side are measured.
+_TINY, _TINY_STACK, _SMALL_STACK, _SMALL = 1 << 17, 1 << 20, 1 << 21, 128
 # Entries that go through the iteration at once. On one core of a CPU a few matrices at a time, small enough that the
 # buffers stay in the caches; on several half as many, so that each has its own. Where that leaves less than a few
 # chunks a core they get smaller, down to what handing them out is worth. On other devices the launch of a kernel costs.
@@ -131,11 +134,22 @@ def iteration_dtype(x: Tensor, shape: Sequence[int], group: dict[str, Any]) -> t
         return group["ns_dtype"]
     if x.dtype == torch.float64:
         return x.dtype
-    agreed, (rows, columns) = group.get("agreed_dtype"), shape[-2:]
+    rows, columns = shape[-2:]
     work = min(rows, columns) * rows * columns
-    if work <= _TINY or (agreed is None and math.prod(shape[:-2]) * work <= _TINY_STACK):
+    if work <= _TINY:
         return torch.float32
-    return agreed or group.get("fast_dtype") or fast_matmul_dtype(x.device)
+    if "agreed_dtype" in group:
+        return group["agreed_dtype"]
+    work *= math.prod(shape[:-2])
+    if work <= _TINY_STACK:
+        return torch.float32
+    known = "small_dtype" if work <= _SMALL_STACK else "fast_dtype"
+    return group[known] if known in group else measured_dtypes(x.device)[known]
+
+
+def measured_dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    """The fastest dtypes of products, measured once with the present number of threads, as a group may hold them."""
+    return {"fast_dtype": fast_matmul_dtype(device), "small_dtype": fast_matmul_dtype(device, side=_SMALL)}
 
 
 def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:
@@ -143,7 +157,7 @@ def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule:
     if not rate:
         return
     if rule == "decoupled":
-        torch._foreach_mul_(weights, 1 - rate)
+        shrink(weights, 1 - rate)
         return
     if weights[0].is_complex():
         for weight, direction in zip(weights, directions, strict=True):
@@ -153,6 +167,16 @@ def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule:
     torch._foreach_sign_(shrinking)
     torch._foreach_clamp_min_(shrinking, 0)
     torch._foreach_addcmul_(weights, weights, shrinking, value=-rate)
+
+
+def shrink(tensors: list[Tensor], factor: float) -> None:
+    """Multiply all tensors by one number, in place."""
+    if tensors[0].dtype in (torch.bfloat16, torch.float16):
+        # The list form would round the number to their dtype first: to 0.988 instead of 0.99.
+        for tensor in tensors:
+            tensor.mul_(factor)
+    else:
+        torch._foreach_mul_(tensors, factor)
 
 
 def write_back(chunk: Chunk, values: list[Tensor], tensors: list[Tensor] | None = None) -> None:

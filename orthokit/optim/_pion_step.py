@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.polar import orthogonalize_
 from orthokit.linalg.skew import packed_size
-from orthokit.optim._pieces import like, strips
+from orthokit.optim._pieces import like, shrink, strips
 from orthokit.optim._pion_halves import Halves, halved_product, unfold_halves
 from orthokit.optim._pion_maps import cayley_change, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, transposed, unfold
@@ -119,7 +119,7 @@ class Chunk:
             for state in self.states:
                 state["causes"][:, 1] += math.log1p(-self.lr * group["weight_decay"])
         if group["weight_decay"]:
-            torch._foreach_mul_(self.parts, 1 - self.lr * group["weight_decay"])
+            shrink(self.parts, 1 - self.lr * group["weight_decay"])
         inputs = self.grads if group["momentum"] == "lie" else self._ambient()
         weight, gradient = self._narrow("weight", self.parts), self._narrow("gradient", inputs)
         # The products round once, and gradients come with the rounding of everything before them.

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from orthokit._threads import share_out
-from orthokit.device import fast_matmul_dtype
 from orthokit.errors import OptionError
 from orthokit.matrices import MatrixBlock
-from orthokit.optim._pieces import Piece
+from orthokit.optim._pieces import Piece, measured_dtypes
 from orthokit.optim.blocks import block_by_shape, check_gradients
 
 if TYPE_CHECKING:
@@ -114,9 +113,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self, chunks: Sequence[Sequence[Piece]], move: Callable[[Any, dict[str, Any]], None], group: dict[str, Any]
     ) -> None:
         """Call ``move(chunk, group)`` for every chunk: on a CPU for several at a time, on one core each."""
-        together: list[Sequence[Piece]] = []
-        if len(chunks) > 1 and torch.get_num_threads() > 1:
-            together = [chunk for chunk in chunks if _can_share(chunk)]
+        if len(chunks) == 1 or torch.get_num_threads() == 1:
+            for chunk in chunks:
+                move(chunk, group)
+            return
+        together = [chunk for chunk in chunks if _can_share(chunk)]
         costs = [sum(self._cost(piece.block, group) for piece in chunk) for chunk in together]
         if not together or sum(costs) < _WORTH:
             for chunk in chunks:
@@ -127,7 +128,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 move(chunk, group)
         if group.get("ns_dtype", group.get("dtype")) is None:
             # Measured here, where there are as many threads as at every other time.
-            group = {**group, "fast_dtype": fast_matmul_dtype("cpu")}
+            group = {**group, **measured_dtypes(torch.device("cpu"))}
         for chunk in together:
             self._settle(chunk, group)
         share_out(lambda chunk: move(chunk, group), together, costs)

@@ -38,6 +38,8 @@ ORDERS = ("pre", "post", "none")
 DECAYS = ("decoupled", "cautious")
 NORMALIZATIONS = (None, "neuron")
 
+# Options that leave nothing to do beside the polar factor, the Nesterov blend and the decay.
+_USUAL = {"order": "pre", "nesterov": True, "normalize": None, "decay": "decoupled"}
 # Entries from which a matrix is handled by itself through one scratch buffer; below, calls cost more than memory.
 _LARGE = 1 << 15
 # Entries up to which a matrix by itself is not worth cutting into strips.
@@ -76,7 +78,7 @@ class Muon(MatrixOptimizer):
         beta2: Share of the old mean square of ``normalize``, in ``[0, 1)``; default 0.95.
         decay: ``"decoupled"`` (default), or ``"cautious"``: only entries that the step makes smaller decay.
         ns_dtype: Precision of the iteration for real parameters; default float32 for tiny matrices (``m m n`` up to
-            ``2^17``, ``m`` the shorter side) and tiny stacks (up to ``2^21`` in all, in one process), else the fastest
+            ``2^17``, ``m`` the shorter side) and tiny stacks (up to ``2^20`` in all, in one process), else the fastest
             measured here (bfloat16 or float32); float64 for float64. Complex parameters and ``"svd"`` keep their own.
         blocks: The matrix blocks of each parameter, from ``matrices``; default read from the shape. ``optim.for_model``
             fills it in.
@@ -198,8 +200,22 @@ class Muon(MatrixOptimizer):
         self._share(plan.chunks, self._move, group)
 
     def _move(self, chunk: Chunk, group: dict[str, Any]) -> None:
+        if len(chunk) == 1 and chunk.plain and chunk[0].block.numel <= _ALONE and _USUAL.items() <= group.items():
+            return self._move_alone(chunk[0], group)
         stack = self._stack(chunk, group, advance=True)
         self._apply(chunk, self._directions(chunk, stack, group), group)
+
+    def _move_alone(self, piece: Piece, group: dict[str, Any]) -> None:
+        """The step of one matrix in few calls: beside the products of a small one, they are what costs."""
+        weight, gradient, momentum, lr = piece.parameter, piece.gradient, group["momentum"], float(group["lr"])
+        buffer = self._buffer(weight).lerp_(gradient, 1 - momentum)
+        stack = torch.lerp(gradient, buffer, momentum).unsqueeze(0)
+        stack = stack.to(iteration_dtype(gradient, stack.shape, group))
+        direction = orthogonalize_(stack, **iteration_options(group), workspace=self._workspace)
+        rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *weight.shape)
+        if rate:
+            weight.mul_(1 - rate)
+        weight.add_(direction.squeeze(0), alpha=-lr * ratio)
 
     def _settle(self, chunk: Sequence[Piece], group: dict[str, Any]) -> None:
         for piece in chunk:
@@ -257,17 +273,13 @@ class Muon(MatrixOptimizer):
         first, momentum = inputs[0], group["momentum"]
         size = (sum(chunk.counts), *first.shape[-2:])
         dtype = iteration_dtype(first, size, group)
-        if _quick(inputs):
+        if first.numel() < _LARGE:
             name = "stack" if dtype == first.dtype else "joined"
-            if blend is None:
-                found = self._joined(name, inputs)
-            else:
+            found = self._joined(name, inputs)
+            if blend is not None:
                 if advance:
                     torch._foreach_lerp_(blend, inputs, 1 - momentum)
-                found, buffer = inputs[0], blend[0]
-                if len(inputs) > 1:
-                    found, buffer = self._joined(name, inputs), self._joined("blend", blend)
-                found = torch.lerp(found, buffer, momentum, out=self._room(name, found)).view(size)
+                found = torch.lerp(found, self._joined("blend", blend), momentum, out=found)
             return found if dtype == first.dtype else self._room("stack", found, dtype).copy_(found)
         stack = self._workspace.get("stack", size, dtype, first.device)
         if blend is None:
@@ -327,9 +339,9 @@ class Muon(MatrixOptimizer):
         rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *directions.shape[-2:])
         weights = chunk.of([piece.parameter for piece in chunk])
         dtype, post = weights[0].dtype, group["order"] == "post"
-        if post or _quick(weights):
-            # One block is cast as it is added; a list of two dtypes would go one by one anyhow.
-            if directions.dtype != dtype and (len(weights) > 1 or post or rule != "decoupled"):
+        if post or weights[0].numel() < _LARGE:
+            # A list of two dtypes would go one by one.
+            if directions.dtype != dtype:
                 directions = self._room("joined", directions, dtype).copy_(directions)
             parts = chunk.split(directions)
             parts = self._filtered(chunk, parts, group) if post else parts
@@ -380,8 +392,3 @@ class Muon(MatrixOptimizer):
             True
         """
         return self._report(lambda: update_report(self, time=time))
-
-
-def _quick(tensors: list[Tensor]) -> bool:
-    """Whether these blocks of one shape are best handled in few calls."""
-    return tensors[0].numel() < _LARGE or (len(tensors) == 1 and tensors[0].numel() <= _ALONE)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import orthokit
+from orthokit.device import processor
 from orthokit.errors import OptionError, ReportError, unknown_name
 from orthokit.lab.progress import Progress
 
@@ -89,19 +90,10 @@ def evidence_root() -> Path:
     return checkout if checkout.is_dir() else package / "_evidence"
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def machine() -> dict[str, Any]:
     """What the numbers depend on: processor, cores, torch, Python."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,

@@ -103,6 +103,18 @@ def test_cautious_decay_shrinks_only_what_the_step_shrinks(order, complex_):
     torch.testing.assert_close(run(W, gradients[:1], weight_decay=0.5, decay="cautious", **kept), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 5])
+def test_decay_of_half_precision_is_rounded_once(dtype, count):
+    weights = [nn.Parameter(randn(4, 6, seed=i).to(dtype)) for i in range(count)]
+    expected = [(W.detach().double() * 0.99).to(dtype) for W in weights]  # 0.99 itself would be 0.988 in bfloat16
+    for W in weights:
+        W.grad = torch.zeros_like(W)
+    Muon(weights, lr=0.1, weight_decay=0.1).step()
+    for W, exact in zip(weights, expected, strict=True):
+        torch.testing.assert_close(W.detach(), exact, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(4, 16), (16, 4), (5, 5)])
 def test_spectral_rule_gives_the_norm_that_carries_over(rows, columns):
     assert lr_ratio("spectral", rows, columns) == pytest.approx((rows / columns) ** 0.5)
