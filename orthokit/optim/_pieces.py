@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orthokit.device import fast_matmul_dtype
+from orthokit.device import fast_matmul_dtype, matmul_rates
 from orthokit.matrices import MatrixBlock
 
 __all__ = [
@@ -19,11 +19,12 @@ __all__ = [
     "Piece",
     "Plan",
     "chunks",
+    "core_rate",
     "decay",
     "iteration_dtype",
     "iteration_options",
     "like",
-    "measured_dtypes",
+    "measured",
     "shrink",
     "strips",
     "write_back",
@@ -144,12 +145,23 @@ def iteration_dtype(x: Tensor, shape: Sequence[int], group: dict[str, Any]) -> t
     if work <= _TINY_STACK:
         return torch.float32
     known = "small_dtype" if work <= _SMALL_STACK else "fast_dtype"
-    return group[known] if known in group else measured_dtypes(x.device)[known]
+    return group[known] if known in group else measured(x.device)[known]
 
 
-def measured_dtypes(device: torch.device) -> dict[str, torch.dtype]:
-    """The fastest dtypes of products, measured once with the present number of threads, as a group may hold them."""
-    return {"fast_dtype": fast_matmul_dtype(device), "small_dtype": fast_matmul_dtype(device, side=_SMALL)}
+def core_rate(dtype: torch.dtype, group: dict[str, Any]) -> float:
+    """FLOP/s of large products on one core of this CPU."""
+    rates = group["core_rates"] if "core_rates" in group else measured(torch.device("cpu"))["core_rates"]
+    return rates.get(str(dtype).removeprefix("torch."), rates["float32"])
+
+
+def measured(device: torch.device) -> dict[str, Any]:
+    """What is measured once, with the present number of threads, as the group of a step may hold it."""
+    rates, threads = matmul_rates(device), torch.get_num_threads()
+    return {
+        "fast_dtype": fast_matmul_dtype(device),
+        "small_dtype": fast_matmul_dtype(device, side=_SMALL),
+        "core_rates": {name: rate / threads for name, rate in rates.items()},
+    }
 
 
 def decay(weights: list[Tensor], directions: list[Tensor], *, rate: float, rule: str) -> None:

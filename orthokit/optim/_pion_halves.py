@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orthokit.linalg._workspace import Workspace
-from orthokit.optim._pion_skew import fold_blocks, folded_parts, unfold_triangles
+from orthokit.optim._pion_skew import fold_blocks, folded_parts, less_transposed, unfold_triangles
 
 __all__ = ["Halves", "halved_product", "unfold_halves"]
 
@@ -49,7 +49,9 @@ class Halves(NamedTuple):
         return out
 
 
-def halved_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace, *, right: tuple[Tensor, Tensor]) -> Tensor:
+def halved_product(
+    P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace, *, turn: bool, right: tuple[Tensor, Tensor]
+) -> Tensor:
     """``P Q^T - Q P^T`` of one pair ``(1, b, k)``, folded into ``out`` ``(1, b (b - 1) / 2)``, by three blocks of four.
 
     Args:
@@ -57,6 +59,7 @@ def halved_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace, *, r
         Q: As ``P``.
         out: Where the result goes, usually wider.
         workspace: Scratch memory.
+        turn: Whether to transpose the first product of a block on the diagonal instead of making a second one.
         right: ``P^T`` and ``Q^T``.
     """
     b = P.shape[1]
@@ -68,7 +71,10 @@ def halved_product(P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace, *, r
         block = workspace.get(name, (1, sizes[i], sizes[j]), P.dtype, P.device)
         (P_i, Q_i), (P_j, Q_j) = rows[i], columns[j]
         torch.mm(P_i, Q_j, out=block[0])
-        block[0].addmm_(Q_i, P_j, alpha=-1)
+        if turn and i == j:
+            less_transposed(block, workspace)
+        else:
+            block[0].addmm_(Q_i, P_j, alpha=-1)
         blocks.append(block)
     first, corner, second = blocks
     return fold_blocks(first[:, : sizes[1], 1:], corner, second, out)

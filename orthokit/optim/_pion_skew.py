@@ -21,10 +21,21 @@ from torch import Tensor
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.skew import packed_size
 
-__all__ = ["fold", "fold_blocks", "folded_parts", "skew_product", "transposed", "unfold", "unfold_triangles"]
+__all__ = [
+    "fold",
+    "fold_blocks",
+    "folded_parts",
+    "less_transposed",
+    "skew_product",
+    "transposed",
+    "unfold",
+    "unfold_triangles",
+]
 
 # Triangles are copied in square tiles; only the ones on the diagonal hold both triangles and need a mask.
 _TILE = 256
+# Side from which the matrices of a batch are transposed one by one.
+_EACH = 128
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -129,7 +140,13 @@ def _with_transpose(X: Tensor, dtype: torch.dtype, workspace: Workspace, sign: i
 
 
 def skew_product(
-    P: Tensor, Q: Tensor, out: Tensor, workspace: Workspace, *, right: tuple[Tensor, Tensor] | None = None
+    P: Tensor,
+    Q: Tensor,
+    out: Tensor,
+    workspace: Workspace,
+    *,
+    turn: bool,
+    right: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``P Q^T - Q P^T`` folded into ``out`` ``(N, b (b - 1) / 2)``.
 
@@ -138,22 +155,25 @@ def skew_product(
         Q: As ``P``.
         out: Where the result goes, usually wider than the products.
         workspace: Scratch memory.
+        turn: Whether to transpose the first product instead of making a second one.
         right: ``P^T`` and ``Q^T`` where they lie in memory as such; default views of ``P`` and ``Q``.
     """
     P_t, Q_t = (P.mT, Q.mT) if right is None else right
     S = workspace.get("skew", (len(P), P.shape[1], P.shape[1]), P.dtype, P.device)
     torch.bmm(P, Q_t, out=S)
-    if len(P) > 1 or P.shape[-1] < P.shape[1]:
-        # A second product takes no longer than to transpose the first, unless its sums are long.
-        return fold(S.baddbmm_(Q, P_t, alpha=-1), out, workspace)
-    turned = transposed(S, workspace.get("skew turned", tuple(S.shape), S.dtype, S.device))
-    return fold(S.sub_(turned), out, workspace)
+    return fold(less_transposed(S, workspace) if turn else S.baddbmm_(Q, P_t, alpha=-1), out, workspace)
+
+
+def less_transposed(S: Tensor, workspace: Workspace) -> Tensor:
+    """``S - S^T`` of every matrix of a batch, in its place."""
+    return S.sub_(transposed(S, workspace.get("skew turned", tuple(S.shape), S.dtype, S.device)))
 
 
 def transposed(X: Tensor, out: Tensor) -> Tensor:
     """``X^T`` of every matrix of a batch, in ``out``."""
-    if len(X) == 1:
-        out[0].copy_(X[0].mT)  # the shape that torch transposes block by block
+    if len(X) == 1 or (X.device.type == "cpu" and X.shape[-1] >= _EACH):
+        for target, matrix in zip(out, X, strict=True):
+            target.copy_(matrix.mT)  # the shape that torch transposes block by block
     else:
         out.copy_(X.mT)
     return out

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.polar import orthogonalize_
 from orthokit.linalg.skew import packed_size
-from orthokit.optim._pieces import like, shrink, strips
+from orthokit.optim._pieces import core_rate, like, shrink, strips
 from orthokit.optim._pion_halves import Halves, halved_product, unfold_halves
 from orthokit.optim._pion_maps import cayley_change, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, transposed, unfold
@@ -25,6 +25,8 @@ _FAR = 1e9
 _LARGE = 1 << 12
 # From which size on a matrix by itself is handled in blocks.
 _HALVED = 768
+# From which size on a matrix is transposed at a rate that can be told beforehand, and the seconds that an entry takes.
+_TURNED, _TURN_SECONDS = 128, 1e-9
 # The part of a folded matrix whose norm is looked at first; being a lower bound, it mostly settles the matter.
 _SAMPLE = 16
 
@@ -147,6 +149,12 @@ class Chunk:
         """Whether the matrices of a side are handled in blocks; below this size calls cost more than copies."""
         return self.size == 1 and side.size >= _HALVED and self.W.device.type == "cpu"
 
+    def _turning(self, side: Side, summands: int) -> bool:
+        """Whether it costs less to transpose a product of that many summands than to multiply once more."""
+        if self.W.device.type != "cpu":
+            return self.size == 1 and summands >= side.size
+        return side.size >= _TURNED and 2 * summands > _TURN_SECONDS * core_rate(self.dtype, self.group)
+
     def _unfolded(self, side: Side, folded: Tensor) -> Tensor | Halves:
         name = f"turn {side.name}"
         if self._halved(side):
@@ -177,9 +185,9 @@ class Chunk:
         if side.name == "in" and side.size > summands:
             # On CPUs a wide product whose left factor is read across its rows takes several times as long.
             P, Q = (transposed(X.mT, self._buffer(name, *X.shape)) for name, X in (("left", P), ("right", Q)))
-        # Where the sums are long, transposing one product costs less than blocks of a second one.
-        multiply = halved_product if self._halved(side) and side.size > summands else skew_product
-        multiply(P, Q, S, self.workspace, right=right)
+        turn = self._turning(side, summands)
+        multiply = halved_product if self._halved(side) and not (turn and summands >= side.size) else skew_product
+        multiply(P, Q, S, self.workspace, turn=turn, right=right)
         _silence(S, quiet / math.sqrt(2 * summands))
         parts, size = list(S.split(self.counts)), S.shape[1]
         seconds = [state[f"v_{side.name}"] for state in self.states]

@@ -14,7 +14,7 @@ from torch import Tensor
 from orthokit._threads import share_out
 from orthokit.errors import OptionError
 from orthokit.matrices import MatrixBlock
-from orthokit.optim._pieces import Piece, measured_dtypes
+from orthokit.optim._pieces import Piece, measured
 from orthokit.optim.blocks import block_by_shape, check_gradients
 
 if TYPE_CHECKING:
@@ -126,9 +126,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for chunk in chunks:
             if not _can_share(chunk):
                 move(chunk, group)
-        if group.get("ns_dtype", group.get("dtype")) is None:
-            # Measured here, where there are as many threads as at every other time.
-            group = {**group, **measured_dtypes(torch.device("cpu"))}
+        # Measured here, where there are as many threads as at every other time.
+        group = {**group, **measured(torch.device("cpu"))}
         for chunk in together:
             self._settle(chunk, group)
         share_out(lambda chunk: move(chunk, group), together, costs)

@@ -40,19 +40,21 @@ def test_folding_is_exact_and_holds_every_number_once(tile, b, count, seed):
         torch.testing.assert_close(2 * packed.square().sum(), squares.sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 4), (1, 7, 3), (3, 5, 5), (1, 401, 8)], ids=str)
-def test_skew_product_is_the_folded_difference(shape):
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6, 4), (1, 7, 3), (3, 5, 5), (1, 401, 8), (2, 129, 3)], ids=str)
+def test_skew_product_is_the_folded_difference(shape, turn):
     P, Q = randn(*shape), randn(*shape, seed=1)
     out = P.new_empty(shape[0], packed_size(shape[1]))
-    skew_product(P, Q, out, Workspace())
+    skew_product(P, Q, out, Workspace(), turn=turn)
     torch.testing.assert_close(unfold(out, shape[1]), P @ Q.mT - Q @ P.mT)
 
 
+@pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize("b", [2, 3, 8, 9, 400])
-def test_blocks_of_a_matrix_multiply_as_the_whole(b):
+def test_blocks_of_a_matrix_multiply_as_the_whole(b, turn):
     P, Q, workspace = randn(1, b, 3), randn(1, b, 3, seed=1), Workspace()
     packed = P.new_empty(1, packed_size(b))
-    halved_product(P, Q, packed, workspace, right=(P.mT, Q.mT))
+    halved_product(P, Q, packed, workspace, turn=turn, right=(P.mT, Q.mT))
     S = P @ Q.mT - Q @ P.mT
     torch.testing.assert_close(unfold(packed, b), S)
     blocks = unfold_halves(packed, b, torch.float64, workspace, "A")
