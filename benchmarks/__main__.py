@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     passed = [f"--threads={given.threads}"]
     passed += [f"--rounds={given.rounds}"] if given.rounds is not None else []
+    passed += [f"--label={given.label}"] if given.label else []
     passed += [flag for flag, on in (("--quick", given.quick), ("--save", given.save)) if on]
     for i, module in enumerate(modules.values()):
         if i:

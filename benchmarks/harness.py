@@ -249,6 +249,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="rounds; default 15, with --quick 3")
     made.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds: a check that it runs")
     made.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.json")
+    made.add_argument("--label", default="", help="added to the name of the file: another machine beside the first")
     return made
 
 
@@ -284,7 +285,8 @@ def run(
     results = list(_measure(cases(options), options))
     if given.save:
         threads = f"_{options.threads}thread{'s' if options.threads > 1 else ''}" if by_threads else ""
-        print(f"\nwritten: {save(name + threads, options, found, results)}")
+        label = f"_{given.label}" if given.label else ""
+        print(f"\nwritten: {save(name + threads + label, options, found, results)}")
     return results
 
 

@@ -735,9 +735,9 @@ def test_the_page_merges_stops_saves_and_refuses(evidence: Path, fresh: Store, m
     page.repaint()
     assert page.status.text == f"Up to date: all {len(SCALES)} scales measured." and not page.download.disabled
     assert [action["label"] for action in page.forms["who"].actions] == ["Merge", "Stop"]
-    page._heard({"set": "experts", "value": []})
+    page.forms["who"]._handle_msg({"set": "experts", "value": [], "count": 3})
     assert "must be one or more of" in page.alert.text and state.experts == PAIR
-    assert page.forms["who"].values[""] == 1, "the browser must tick it again"
+    assert page.forms["who"].settled == 3, "the browser must tick it again"
     page._heard({"set": "method", "value": "slerp"})
     assert state.worker.join(120)
     assert [field["name"] for field in page.forms["how"].fields] == ["slerp_t"]

@@ -116,7 +116,9 @@ def test_a_benchmark_can_have_a_file_for_each_number_of_threads(results, capsys)
     for threads in ("1", "2"):
         arguments = ["--save", "--rounds", "1", "--threads", threads]
         harness.run("demo", "Demo.", lambda options: [Case("t", {"b": list}, "b")], arguments, by_threads=True)
-    assert sorted(path.name for path in results.iterdir()) == ["demo_1thread.json", "demo_2threads.json"]
+    harness.run("demo", "Demo.", lambda options: [Case("t", {"b": list}, "b")], [*arguments, "--label", "other"])
+    names = ["demo_1thread.json", "demo_2threads.json", "demo_other.json"]
+    assert sorted(path.name for path in results.iterdir()) == names
 
 
 def test_notes_stand_under_the_table_and_in_the_file(results):

@@ -53,17 +53,29 @@ class Part(JSComponent):
 
 
 class Form(Part):
-    """Labelled controls, buttons; a change comes as ``{"set": name, "value": value}``, a press as ``{"action"}``."""
+    """Labelled controls, buttons; a change comes as ``{"set": name, "value": value}``, a press as ``{"action"}``.
+
+    Changes are numbered by the browser. A control takes a value from here once its last change has been heard, refused
+    or not: with older ones it would jump back below a hand that is still moving it.
+    """
 
     label = param.String("Settings", doc="What the form is for, to a screen reader.")
     fields = param.List([], doc="Descriptions of the controls, as orthokit_widgets.fields.describe() makes them.")
     values = param.Dict({}, doc="Name to value shown.")
     disabled = param.List([], doc="Names that cannot be changed now.")
+    settled = param.Integer(0, doc="Number of the last change that was heard and dealt with.")
     answered = param.Boolean(False, doc="Whether the browser's first message has been heard.")
     actions = param.List([], doc="Buttons: name, label, primary, disabled.")
 
     _esm = _read("form.js")
     _stylesheets = stylesheets("form.css")
+
+    def _handle_msg(self, data: dict[str, Any]) -> None:
+        try:
+            super()._handle_msg(data)
+        finally:
+            if isinstance(data.get("count"), int):
+                self.settled = max(self.settled, data["count"])
 
 
 class Chart(Part):

@@ -16,7 +16,7 @@ from orthokit_widgets.inspect_parts import Files, MatrixTable
 from orthokit_widgets.inspect_state import InspectState
 from orthokit_widgets.inspect_words import EXPLAINED
 from orthokit_widgets.merge_data import Shelf
-from orthokit_widgets.page import Page
+from orthokit_widgets.page import Page, in_turn
 
 __all__ = ["InspectPage"]
 
@@ -226,12 +226,12 @@ class InspectPage(Page[InspectState]):
     def _show_fields(self, status: str) -> None:
         """Controls with what can be chosen now."""
         fields = {field["name"]: field for field in describe(self.state)}
-        values = {**self.state.values(), "": self._refused}
+        values = self.state.values()
         for form, names in [(self.forms[name], names) for name, (_, names) in _FORMS.items()] + [(self.form, _FIRST)]:
             wanted = [fields[name] for name in names]
             if form.fields != wanted:
                 form.fields = wanted
-            form.values = {name: values[name] for name in (*names, "")}
+            form.values = {name: values[name] for name in names}
         self.forms["spectra"].disabled = [] if self.state.compared else ["of"]
         busy = status in ("waiting", "opening", "first look", "measuring", "stopping", "receiving")
         actions = [
@@ -252,6 +252,7 @@ class InspectPage(Page[InspectState]):
         if file is not None:
             self.download.give(file.name, file.content)
 
+    @in_turn
     def _fetched(self, message: dict[str, Any]) -> None:
         """The button was pressed, or a piece of the file is asked for."""
         if message.get("action") == "export":

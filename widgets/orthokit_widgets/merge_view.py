@@ -13,7 +13,7 @@ from orthokit_widgets.merge_data import STORE, Store
 from orthokit_widgets.merge_options import OPTIONS, idle_options
 from orthokit_widgets.merge_run import file_name
 from orthokit_widgets.merge_state import MergeState
-from orthokit_widgets.page import Page, columns, stack
+from orthokit_widgets.page import Page, columns, in_turn, stack
 
 __all__ = ["MergePage"]
 
@@ -169,7 +169,7 @@ class MergePage(Page[MergeState]):
         for name, task in weights.items():
             fields[name]["label"] = f"Weight of {task}"
         own = (*OPTIONS[state.method].values(), *weights)
-        values = {**state.values(), "": self._refused}
+        values = state.values()
         shown = {place: names for place, (_, names) in _FORMS.items()} | {"how": own, "model": _MODEL}
         for place, form in {**self.forms, "model": self.form}.items():
             wanted = [fields[name] for name in shown[place]]
@@ -196,6 +196,7 @@ class MergePage(Page[MergeState]):
         if file is not None:
             self.download.give(file.name, file.content)
 
+    @in_turn
     def _fetched(self, message: dict[str, Any]) -> None:
         """The button was pressed, or a piece of the file is asked for."""
         if message.get("action") == "export":

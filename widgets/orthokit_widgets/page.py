@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Generic, TypeVar
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
 
 import panel as pn
 from panel.viewable import Viewer
@@ -13,8 +16,9 @@ from orthokit_widgets.components import Address, Form, Message, Part, header
 from orthokit_widgets.fields import Settings, describe, read, read_query, write_query
 
 State = TypeVar("State", bound=Settings)
+Method = TypeVar("Method", bound=Callable[..., None])
 
-__all__ = ["PAGES", "Page", "columns", "stack"]
+__all__ = ["PAGES", "Page", "columns", "in_turn", "stack"]
 
 #: Titles of the pages to their addresses.
 PAGES = {
@@ -50,6 +54,17 @@ def stack(*parts: pn.viewable.Viewable) -> pn.Column:
     return pn.Column(*parts, sizing_mode="stretch_width", margin=0, stylesheets=[_STACK])
 
 
+def in_turn(method: Method) -> Method:
+    """A method of a page that runs one at a time: a server hears messages, and looks at threads, in several threads."""
+
+    @functools.wraps(method)
+    def alone(page: Page[Any], *args: Any) -> None:
+        with page.turn:
+            method(page, *args)
+
+    return cast("Method", alone)
+
+
 class Page(Viewer, Generic[State]):
     """A page around a state: settings on the left, charts on the right, one alert above, one status beside.
 
@@ -62,6 +77,7 @@ class Page(Viewer, Generic[State]):
 
     def __init__(self, state: State, *, title: str, explanation: str, links: bool = False) -> None:
         super().__init__()
+        self.turn = threading.RLock()
         self.state = state
         self.alert = Message(role="alert")
         self.status = Message(role="status")
@@ -70,7 +86,7 @@ class Page(Viewer, Generic[State]):
         self._problems: list[str] = []
         self._callback: Any = None
         self._context: Any = None
-        self._lonely = self._refused = 0
+        self._lonely = 0
         #: Look more often: somebody waits for an answer.
         self.hurry = False
         self._read_address()
@@ -119,6 +135,7 @@ class Page(Viewer, Generic[State]):
         """The page as a Panel object."""
         return self._layout
 
+    @in_turn
     def repaint(self) -> None:
         """Show what is known now, and keep looking while a thread is at work."""
         # In a notebook nothing would be sent at the end of the hold.
@@ -150,8 +167,11 @@ class Page(Viewer, Generic[State]):
         self._lonely = 0 if seen else self._lonely + 1
         if self._lonely > _PATIENCE:
             self.close()
-        else:
-            self.repaint()
+        elif self.turn.acquire(blocking=False):  # or an answer is on its way, which repaints as well
+            try:
+                self.repaint()
+            finally:
+                self.turn.release()
 
     @staticmethod
     def _served() -> bool:
@@ -167,6 +187,7 @@ class Page(Viewer, Generic[State]):
         self._context = getattr(pn.state.curdoc, "session_context", None)
         pn.state.on_session_destroyed(lambda context: self.close())
 
+    @in_turn
     def _heard(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             self._resend()
@@ -181,9 +202,6 @@ class Page(Viewer, Generic[State]):
             value = read(self.state, name, text)
         except OrthokitError as error:
             self._problems = [f"{error} It stays at {getattr(self.state, name, '')}."]
-            # The browser looks again only at values that differ: the control shows the refused one.
-            self._refused += 1
-            self.form.values = self.state.values() | {"": self._refused}
             return
         self._problems = []
         setattr(self.state, name, value)

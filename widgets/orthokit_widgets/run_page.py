@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from orthokit_widgets.components import Form
 from orthokit_widgets.fields import Settings, describe, read
-from orthokit_widgets.page import Page
+from orthokit_widgets.page import Page, in_turn
 
 __all__ = ["RunPage"]
 
@@ -73,6 +73,7 @@ class RunPage(Page[State]):
         super().close()
         self._run.close()
 
+    @in_turn
     def _viewed(self, message: dict[str, Any]) -> None:
         if "set" in message:
             name = str(message["set"])

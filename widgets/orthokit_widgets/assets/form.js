@@ -1,6 +1,6 @@
 // Native controls from a description: labels, keyboard and screen readers work as the browser has them.
 const WAIT = 70; // ms between two messages of a control that is being dragged
-const SETTLE = 1500; // ms in which an answer to an older move does not take a control back
+const LOST = 10000; // ms after which a message that nobody answered no longer holds up the next one
 
 function make(tag, attributes = {}, text = null) {
   const node = document.createElement(tag);
@@ -20,29 +20,39 @@ export function render({ model, el }) {
   const controls = new Map();
   let touched = null;
 
-  // At most one message per WAIT while dragging; the last position always arrives.
-  let timer = null, sent = 0;
-  const waiting = new Map();
-  function flush() {
-    clearTimeout(timer);
-    timer = null;
-    sent = performance.now();
-    for (const [name, value] of waiting) model.send_msg({ set: name, value });
-    waiting.clear();
-  }
-  // What each control last asked for. On a busy server the answer to one key press arrives after the next one; taking
-  // it for news would lose the second press.
+  // One message at a time: a server with several threads may deal with two in either order, and the older of two
+  // positions would be the one that stays. What is moved meanwhile waits here, and only its last position is sent.
+  const queue = [];
+  let timer = null, sent = 0, flight = 0, count = model.settled;
+  // What each control last asked for, and the number of that message. An answer to an older one is no news: taking it
+  // would put the control back below a hand that is still moving it.
   const asked = new Map();
-  let settling = null;
-  function send(name, value, now) {
-    waiting.set(name, value);
-    asked.set(name, { value: String(value), at: performance.now() });
-    clearTimeout(settling);
-    settling = setTimeout(update, SETTLE + 50);
-    const left = WAIT - (performance.now() - sent);
-    if (now || left <= 0) flush();
-    else if (timer === null) timer = setTimeout(flush, left);
+  function post(message, now) {
+    if (message.set && queue.at(-1)?.set === message.set) queue.pop();
+    queue.push(message);
+    if (message.set) asked.set(message.set, { count: Infinity, value: message.value });
+    pump(now);
   }
+  function pump(now) {
+    clearTimeout(timer);
+    if (flight > model.settled) {
+      timer = setTimeout(() => { flight = 0; pump(); }, LOST);
+      return;
+    }
+    if (!queue.length) return;
+    const left = WAIT - (performance.now() - sent);
+    if (!now && left > 0) {
+      timer = setTimeout(pump, left);
+      return;
+    }
+    const message = queue.shift();
+    sent = performance.now();
+    flight = ++count;
+    if (message.set && !queue.some((later) => later.set === message.set)) asked.get(message.set).count = count;
+    model.send_msg({ ...message, count });
+    if (queue.length) pump();
+  }
+  const send = (name, value, now) => post({ set: name, value }, now);
 
   const logarithmic = (field) => field.scale === "log";
   const position = (field, value) => (logarithmic(field) ? 200 * Math.log(value / field.min) / Math.log(field.max / field.min) : value);
@@ -130,9 +140,12 @@ export function render({ model, el }) {
   }
 
   const kinds = { range, number, choice, segments, several };
-  let refusals;
   function build() {
+    // Who moves a control by keyboard must find the focus where it was.
+    const focused = el.getRootNode().activeElement;
+    const [held] = [...controls].map(([name, { inputs }]) => [name, inputs.indexOf(focused)]).filter(([, at]) => at >= 0);
     controls.clear();
+    touched = null;
     form.replaceChildren();
     if (model.actions.length) form.append(actions);
     for (const field of model.fields) {
@@ -142,16 +155,16 @@ export function render({ model, el }) {
       controls.set(field.name, { ...control, box });
       form.append(box);
     }
-    update();
+    update(true);
     enable();
+    if (held) controls.get(held[0])?.inputs[held[1]]?.focus({ preventScroll: true });
   }
-  function update() {
-    const refused = model.values[""] !== refusals; // then the control must go back to what holds
-    refusals = model.values[""];
+  // What holds, except where the server has yet to hear what was asked for last; a new control shows that.
+  function update(fresh) {
     for (const [name, value] of Object.entries(model.values)) {
       const last = asked.get(name);
-      const older = last && performance.now() - last.at < SETTLE && last.value !== String(value);
-      if (refused || !older) controls.get(name)?.set(value);
+      const pending = last?.count > model.settled;
+      if (!pending || fresh) controls.get(name)?.set(pending ? last.value : value);
     }
   }
   function enable() {
@@ -169,7 +182,7 @@ export function render({ model, el }) {
       let button = buttons.get(action.name);
       if (!button) {
         button = make("button", { type: "button" });
-        button.addEventListener("click", () => model.send_msg({ action: action.name }));
+        button.addEventListener("click", () => post({ action: action.name }, true));
         buttons.set(action.name, button);
         actions.append(button);
       }
@@ -189,7 +202,8 @@ export function render({ model, el }) {
   act();
   el.append(form);
   model.on("fields", build);
-  model.on("values", update);
+  model.on("values", () => update(false));
+  model.on("settled", () => { pump(); update(false); });
   model.on("disabled", enable);
   model.on("actions", act);
   // In a notebook, what the server sent before its channel to this page stood is lost: ask until an answer comes.
