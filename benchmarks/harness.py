@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -162,8 +163,8 @@ def compare(case: Case, *, rounds: int, warmup: int = 2) -> Result:
     gc.disable()  # a collection would be charged to whoever runs when it is due
     try:
         for i in range(rounds):
-            # Another one begins each round: whoever follows the largest candidate finds the caches cold.
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            # Whoever follows the largest candidate finds the caches cold, so that should be another one every time.
+            for name in random.Random(i).sample(names, len(names)):
                 seconds, processor = _sample(case.candidates[name], repeats[name])
                 wall[name].append(seconds)
                 cpu[name].append(processor)

@@ -28,10 +28,16 @@ export function render({ model, el }) {
   // would put the control back below a hand that is still moving it.
   const asked = new Map();
   function post(message, now) {
-    if (message.set && queue.at(-1)?.set === message.set) queue.pop();
     queue.push(message);
-    if (message.set) asked.set(message.set, { count: Infinity, value: message.value });
     pump(now);
+  }
+  function send(name, value, now) {
+    const last = asked.get(name);
+    // A key press is told twice: as a move and, when the key goes up, as a choice.
+    if (last?.count > model.settled && String(last.value) === String(value)) return pump(now);
+    if (queue.at(-1)?.set === name) queue.pop();
+    asked.set(name, { count: Infinity, value });
+    post({ set: name, value }, now);
   }
   function pump(now) {
     clearTimeout(timer);
@@ -52,7 +58,6 @@ export function render({ model, el }) {
     model.send_msg({ ...message, count });
     if (queue.length) pump();
   }
-  const send = (name, value, now) => post({ set: name, value }, now);
 
   const logarithmic = (field) => field.scale === "log";
   const position = (field, value) => (logarithmic(field) ? 200 * Math.log(value / field.min) / Math.log(field.max / field.min) : value);
