@@ -112,7 +112,12 @@ def _rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float) -> f
 
 @functools.cache
 def processor() -> str:
-    """The name of this machine's processor, or its architecture where the system does not tell."""
+    """The name of this machine's processor, or its architecture where the system does not tell.
+
+    Example:
+        >>> len(processor()) > 0
+        True
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

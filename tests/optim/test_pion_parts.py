@@ -9,7 +9,7 @@ from torch import Tensor
 from orthokit.errors import OptionError, UnknownNameError
 from orthokit.linalg import cayley, cayley_neumann, exp_taylor, packed_size, polish_orthogonal
 from orthokit.linalg._workspace import Workspace
-from orthokit.optim import _pion_skew
+from orthokit.optim import Pion, _pion_skew, _pion_step
 from orthokit.optim._pion_halves import halved_product, unfold_halves
 from orthokit.optim._pion_maps import cayley_change, check_map, gram_coefficients, map_coefficients
 from orthokit.optim._pion_skew import fold, skew_product, unfold
@@ -63,6 +63,30 @@ def test_blocks_of_a_matrix_multiply_as_the_whole(b, turn):
         expected = S @ X if left else X @ S
         torch.testing.assert_close(blocks.times(X, torch.full_like(X, torch.nan), left=left), expected)
         torch.testing.assert_close(blocks.times(X, X.clone(), left=left, add=True), X + expected)
+
+
+@pytest.mark.parametrize("shape", [(160, 144), (40, 800)], ids=str)
+def test_the_rate_of_products_decides_on_the_way_and_not_on_the_result(monkeypatch, shape):
+    results, ways = {}, {}
+    for rate in (1e6, 1e15):
+        turns = ways[rate] = set()
+        monkeypatch.setattr(_pion_step, "core_rate", lambda dtype, group, rate=rate: rate)
+        for name, whole in (("skew_product", skew_product), ("halved_product", halved_product)):
+
+            def noted(*args: Tensor, whole=whole, turns=turns, turn: bool, **options) -> Tensor:
+                turns.add(turn)
+                return whole(*args, turn=turn, **options)
+
+            monkeypatch.setattr(_pion_step, name, noted)
+        W = torch.nn.Parameter(randn(*shape))
+        optimizer = Pion([W], lr=0.02)
+        for step in range(3):
+            W.grad = randn(*shape, seed=step + 1)
+            optimizer.step()
+        results[rate] = W.detach()
+    # The shorter side of the second shape is transposed at no rate: it takes longer to say so than to multiply.
+    assert ways == {1e6: {True, min(shape) >= 128}, 1e15: {False}}
+    torch.testing.assert_close(results[1e6], results[1e15], rtol=0, atol=1e-12)
 
 
 def polynomial(coefficients: tuple[float, ...], A: Tensor) -> Tensor:
