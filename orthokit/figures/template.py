@@ -145,7 +145,7 @@ def beta_axis(betas: np.ndarray) -> dict[str, Any]:
     """A log axis over (1+beta)/(1-beta) whose ticks say beta."""
     ticks = np.array([b for b in _BETA_TICKS if betas[0] <= b <= betas[-1]] or [betas[0]])
     where = {"tickmode": "array", "tickvals": (1 + ticks) / (1 - ticks), "ticktext": [f"{b:g}" for b in ticks]}
-    return axis("momentum β (spaced by the effective sample count (1+β)/(1−β))", type="log") | where
+    return axis("momentum β (spaced by gradients averaged)", type="log") | where
 
 
 def _power(mantissa: int, power: int) -> str:
