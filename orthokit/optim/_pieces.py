@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -156,11 +156,15 @@ def core_rate(dtype: torch.dtype, group: dict[str, Any]) -> float:
 
 def measured(device: torch.device) -> dict[str, Any]:
     """What is measured once, with the present number of threads, as the group of a step may hold it."""
-    rates, threads = matmul_rates(device), torch.get_num_threads()
+    return _measured(device, torch.get_num_threads())
+
+
+@cache
+def _measured(device: torch.device, threads: int) -> dict[str, Any]:
     return {
         "fast_dtype": fast_matmul_dtype(device),
         "small_dtype": fast_matmul_dtype(device, side=_SMALL),
-        "core_rates": {name: rate / threads for name, rate in rates.items()},
+        "core_rates": {name: rate / threads for name, rate in matmul_rates(device).items()},
     }
 
 
