@@ -8,6 +8,7 @@ in place, for autograd and for reading; a test ties the two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import Triple
 
-__all__ = ["SCALINGS", "iterate", "iterate_differentiable"]
+__all__ = ["SCALINGS", "by_few_calls", "iterate", "iterate_differentiable", "takes_few_calls"]
 
 SCALINGS = ("frobenius", "schatten", "spectral", "aol")
 
@@ -34,9 +35,8 @@ _FEW_CALLS_FLOAT32 = 160
 # From which longer over shorter side on two steps are made of one Gram matrix: six products of the short side take the
 # place of two with the long one. More than two would let the rounding of bfloat16 grow into negative "squares".
 _PAIRED = 2
-# Entries from which buffers are lent; below, a fresh one is cheaper than the look-up of an old one. For one matrix by
-# itself the allocator has the same pages at hand every time.
-_LENT, _LENT_ALONE = 1 << 14, 1 << 18
+# Entries from which buffers are lent; below, a fresh one is cheaper than the look-up of an old one.
+_LENT = 1 << 14
 
 
 def iterate_differentiable(
@@ -82,14 +82,8 @@ def iterate(
         workspace: Where the other buffers come from; with one, the result may lie in it.
     """
     # A tall batch keeps its layout, with the small matrix on the right: turning it would cost a strided copy.
-    shape = X.shape
-    tall, side, single = shape[-2] > shape[-1], min(shape[-2:]), shape[0] == 1
-    alone = single and max(shape[-2:]) < _PAIRED * side
-    large = _FEW_CALLS_FLOAT32 if X.dtype == torch.float32 else _LARGE_ALONE if alone else _LARGE
-    few = side < large and scaling == "frobenius"
-    if few and polish == 0 and single and X.numel() <= _LENT_ALONE:
-        return _by_few_calls(X, table, headroom=headroom, eps=eps)
-    small = (shape[0], side, side)
+    tall, side = X.shape[-2] > X.shape[-1], min(X.shape[-2:])
+    small = (X.shape[0], side, side)
     memory = Workspace() if workspace is None else workspace
     keep, spare = not overwrite, None
     lend = X.numel() >= _LENT
@@ -110,10 +104,10 @@ def iterate(
         return torch.bmm(X, factor, out=target()) if tall else torch.bmm(factor, X, out=target())
 
     A, B = borrow("gram", small), borrow("factor", small)
-    if few:
+    if takes_few_calls(X.shape, X.dtype, scaling):
         other = borrow("kept", tuple(X.shape)) if keep else X
         turns = (borrow("turn", tuple(X.shape)), other if lend else None)
-        X = _by_few_calls(X, table, headroom=headroom, eps=eps, gram=A, factor=B, turns=turns)
+        X = by_few_calls(X, table, headroom=headroom, eps=eps, gram=A, factor=B, turns=turns)
         keep, spare = False, turns[(len(table) + 1) % 2]
     else:
         forms = _forms(table, small[-1])
@@ -146,7 +140,15 @@ def iterate(
     return X
 
 
-def _by_few_calls(
+def takes_few_calls(shape: Sequence[int], dtype: torch.dtype, scaling: str) -> bool:
+    """Whether matrices of a shape ``(batch, m, n)`` are so small that the calls are what costs."""
+    side, longer = sorted(shape[-2:])
+    alone = shape[0] == 1 and longer < _PAIRED * side
+    large = _FEW_CALLS_FLOAT32 if dtype == torch.float32 else _LARGE_ALONE if alone else _LARGE
+    return side < large and scaling == "frobenius"
+
+
+def by_few_calls(
     X: Tensor,
     table: list[Triple],
     *,

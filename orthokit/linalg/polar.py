@@ -7,7 +7,10 @@ all singular values at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from orthokit.errors import DtypeError, OptionError, ShapeError, unknown_name
 from orthokit.linalg._check import check_finite, check_matrix, working_dtype
-from orthokit.linalg._iteration import SCALINGS, iterate, iterate_differentiable
+from orthokit.linalg._iteration import SCALINGS, by_few_calls, iterate, iterate_differentiable, takes_few_calls
 from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import coefficient_table
 
@@ -26,6 +29,8 @@ METHODS = ("polar_express", "newton_schulz", "svd")
 # Polar Express was fitted to singular values in [1e-3, 1]; dividing by slightly more than the Frobenius norm keeps a
 # rounded norm from leaving the largest of them above 1.
 _HEADROOM = {"polar_express": 1.01, "newton_schulz": 1.0}
+# Entries up to which one matrix by itself goes through fresh buffers: the allocator has their pages at hand.
+_FRESH = 1 << 18
 _DEFAULT_TABLE = {"polar_express": "polar_express", "newton_schulz": "jordan"}
 
 
@@ -159,6 +164,19 @@ def orthogonalize_(
     if method == "svd":
         return polar(stack)
     return _run(stack, method, steps, polish, coefficients, scaling, eps, overwrite=True, workspace=workspace)
+
+
+def iteration_alone(shape: Sequence[int], dtype: torch.dtype, **options: Any) -> Callable[[Tensor], Tensor]:
+    """:func:`orthogonalize_` of single matrices ``(1, out, in)`` of one shape and dtype, decided beforehand.
+
+    For a small matrix the decisions would take as long as one of its products.
+    """
+    method, steps, coefficients = options["method"], options["steps"], options["coefficients"]
+    few = method != "svd" and options["polish"] == 0 and dtype != torch.float16 and prod(shape) <= _FRESH
+    if not (few and takes_few_calls((1, *shape[-2:]), dtype, options["scaling"])):
+        return partial(orthogonalize_, **options)
+    table = coefficient_table(_DEFAULT_TABLE[method] if coefficients is None else coefficients, steps)
+    return partial(by_few_calls, table=table, headroom=_HEADROOM[method], eps=options["eps"])
 
 
 def check_iteration(*, method: str, steps: int, polish: int | str, scaling: str, eps: float) -> None:

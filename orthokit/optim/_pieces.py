@@ -71,6 +71,9 @@ class Piece(NamedTuple):
 class Chunk(list[Piece]):
     """Pieces of one shape that go through the iteration together."""
 
+    recipe: tuple[list[Any], Any] | None = None
+    """What an optimizer has decided for these pieces, with the options that it depends on."""
+
     @cached_property
     def plain(self) -> bool:
         """Whether every block is a whole matrix, so that nothing needs to be cut out of its parameter."""

@@ -13,6 +13,7 @@ from orthokit.linalg._workspace import Workspace
 from orthokit.linalg.coefficients import coefficient_table
 from orthokit.linalg.polar import check_iteration, orthogonalize_
 from orthokit.matrices import MatrixBlock
+from orthokit.optim._alone import ALONE_OPTIONS, Alone, move_alone, prepare_alone
 from orthokit.optim._pieces import (
     Chunk,
     Piece,
@@ -38,12 +39,8 @@ ORDERS = ("pre", "post", "none")
 DECAYS = ("decoupled", "cautious")
 NORMALIZATIONS = (None, "neuron")
 
-# Options that leave nothing to do beside the polar factor, the Nesterov blend and the decay.
-_USUAL = {"order": "pre", "nesterov": True, "normalize": None, "decay": "decoupled"}
 # Entries from which a matrix is handled by itself through one scratch buffer; below, calls cost more than memory.
 _LARGE = 1 << 15
-# Entries up to which a matrix by itself is not worth cutting into strips.
-_ALONE = 1 << 18
 
 
 class Muon(MatrixOptimizer):
@@ -200,22 +197,19 @@ class Muon(MatrixOptimizer):
         self._share(plan.chunks, self._move, group)
 
     def _move(self, chunk: Chunk, group: dict[str, Any]) -> None:
-        if len(chunk) == 1 and chunk.plain and chunk[0].block.numel <= _ALONE and _USUAL.items() <= group.items():
-            return self._move_alone(chunk[0], group)
+        alone = self._alone(chunk, group) if len(chunk) == 1 else None
+        if alone is not None:
+            move_alone(chunk[0], self._buffer(chunk[0].parameter), group, alone)
+            return
         stack = self._stack(chunk, group, advance=True)
         self._apply(chunk, self._directions(chunk, stack, group), group)
 
-    def _move_alone(self, piece: Piece, group: dict[str, Any]) -> None:
-        """The step of one matrix in few calls: beside the products of a small one, they are what costs."""
-        weight, gradient, momentum, lr = piece.parameter, piece.gradient, group["momentum"], float(group["lr"])
-        buffer = self._buffer(weight).lerp_(gradient, 1 - momentum)
-        stack = torch.lerp(gradient, buffer, momentum).unsqueeze(0)
-        stack = stack.to(iteration_dtype(gradient, stack.shape, group))
-        direction = orthogonalize_(stack, **iteration_options(group), workspace=self._workspace)
-        rate, ratio = lr * group["weight_decay"], lr_ratio(group["adjust_lr_fn"], *weight.shape)
-        if rate:
-            weight.mul_(1 - rate)
-        weight.add_(direction.squeeze(0), alpha=-lr * ratio)
+    def _alone(self, chunk: Chunk, group: dict[str, Any]) -> Alone | None:
+        """How the one matrix of a chunk moves, decided once; ``None`` if it goes the general way."""
+        options = [group[name] for name in ALONE_OPTIONS]
+        if chunk.recipe is None or chunk.recipe[0] != options:
+            chunk.recipe = options, prepare_alone(chunk, group, self._workspace)
+        return chunk.recipe[1]
 
     def _settle(self, chunk: Sequence[Piece], group: dict[str, Any]) -> None:
         for piece in chunk:

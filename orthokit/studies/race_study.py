@@ -68,7 +68,7 @@ _COMMON = (
     *(f"lab/{name}.py" for name in ("racer", "tasks", "models", "schedules", "corpora", "images")),
 )
 _MATRIX = (
-    *(f"optim/{name}.py" for name in ("base", "muon", "_pieces", "rates", "routing", "blocks")),
+    *(f"optim/{name}.py" for name in ("base", "muon", "_alone", "_pieces", "rates", "routing", "blocks")),
     *(f"linalg/{name}.py" for name in ("polar", "_iteration", "_workspace", "coefficients")),
     "matrices/*.py",
     "device.py",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthokit.errors import OptionError, ParameterError, UnknownNameError
 from orthokit.linalg import polar
-from orthokit.optim import Muon, _pieces, for_model, lr_ratio
+from orthokit.optim import Muon, _alone, _pieces, for_model, lr_ratio
 from orthokit.optim import muon as module
 
 
@@ -150,7 +150,7 @@ def test_the_size_of_a_stack_changes_no_result(monkeypatch, room, large, alone, 
     for name in ("_CHUNK", "_CHUNK_OF_CORE", "_CHUNK_LEAST"):
         monkeypatch.setattr(_pieces, name, room)
     monkeypatch.setattr(module, "_LARGE", large)
-    monkeypatch.setattr(module, "_ALONE", alone)
+    monkeypatch.setattr(_alone, "_ALONE", alone)
     # Products of differently sized batches may round differently; bfloat16 weights then land on a neighbour.
     rtol = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
     for a, b in zip(train(), expected, strict=True):
