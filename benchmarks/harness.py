@@ -165,9 +165,9 @@ def compare(case: Case, *, rounds: int, warmup: int = 2) -> Result:
         for i in range(rounds):
             # Whoever follows the largest candidate finds the caches cold, so that should be another one every time.
             for name in random.Random(i).sample(names, len(names)):
-                seconds, processor = _sample(case.candidates[name], repeats[name])
+                seconds, busy = _sample(case.candidates[name], repeats[name])
                 wall[name].append(seconds)
-                cpu[name].append(processor)
+                cpu[name].append(busy)
     finally:
         if collecting:
             gc.enable()
@@ -254,12 +254,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def record(found: dict[str, Any], *, save: bool) -> None:
+def _labelled(name: str, label: str) -> str:
+    return f"{name}_{label}" if label else name
+
+
+def record(found: dict[str, Any], *, save: bool, label: str = "") -> None:
     """Print the result of a benchmark that has no cases, and write it when asked."""
     text = json.dumps(found, indent=1) + "\n"
     print(text, end="")
     if save:
-        (RESULTS / f"{found['benchmark']}.json").write_text(text)
+        (RESULTS / f"{_labelled(found['benchmark'], label)}.json").write_text(text)
 
 
 def run(
@@ -286,8 +290,7 @@ def run(
     results = list(_measure(cases(options), options))
     if given.save:
         threads = f"_{options.threads}thread{'s' if options.threads > 1 else ''}" if by_threads else ""
-        label = f"_{given.label}" if given.label else ""
-        print(f"\nwritten: {save(name + threads + label, options, found, results)}")
+        print(f"\nwritten: {save(_labelled(name + threads, given.label), options, found, results)}")
     return results
 
 

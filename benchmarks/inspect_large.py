@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "machine": machine() | {"threads": asked.threads},
         "models": rows,
     }
-    record(found, save=asked.save)
+    record(found, save=asked.save, label=asked.label)
     return found
 
 

@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "extra_mib": round(peak),
     }
-    record(found, save=asked.save)
+    record(found, save=asked.save, label=asked.label)
     return found
 
 

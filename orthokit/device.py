@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from orthokit.errors import DeviceError
+from orthokit.errors import DeviceError, OptionError
 
 __all__ = ["cache_dir", "describe", "fast_matmul_dtype", "generator", "matmul_rates", "pick_device", "processor"]
 
@@ -180,10 +180,15 @@ def matmul_rates(device: str | torch.device = "cpu", *, side: int | None = None)
     Returns:
         ``{"float32": ..., "bfloat16": ..., "float16": ...}`` in FLOP/s.
 
+    Raises:
+        OptionError: ``side`` is below 1.
+
     Example:
         >>> all(rate > 0 for rate in matmul_rates().values())
         True
     """
+    if side is not None and side < 1:
+        raise OptionError(f"side must be at least 1; got {side}. It is the number of rows of the matrices multiplied.")
     where = torch.device(device)
     return dict(_cached_rates(_device_key(where, torch.get_num_threads(), side), where, side))
 
@@ -200,6 +205,9 @@ def fast_matmul_dtype(device: str | torch.device = "cpu", *, side: int | None = 
     Returns:
         ``torch.bfloat16`` if its measured rate is at least 1.5 times float32's (1.1 times if a ``side`` was given),
         else ``torch.float32``.
+
+    Raises:
+        OptionError: ``side`` is below 1.
 
     Example:
         >>> fast_matmul_dtype() in (torch.float32, torch.bfloat16)

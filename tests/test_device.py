@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orthokit import device
-from orthokit.errors import DeviceError
+from orthokit.errors import DeviceError, OptionError
 
 
 @pytest.fixture
@@ -142,6 +142,14 @@ def test_the_rates_of_one_size_are_kept_by_themselves(cache, monkeypatch):
     assert device.matmul_rates(side=128)["float32"] == 128 and device.matmul_rates()["float32"] == 512
     assert device.matmul_rates(side=128)["float32"] == 128 and sizes == [128] * 3 + [512] * 3
     assert all(device.processor() in key for key in json.loads(cache.read_text()))
+
+
+@pytest.mark.parametrize("ask", [device.matmul_rates, device.fast_matmul_dtype])
+def test_a_side_without_rows_is_refused(ask, cache, measured):
+    for side in (0, -1):
+        with pytest.raises(OptionError, match="side must be at least 1"):
+            ask(side=side)
+    assert not measured
 
 
 def test_description_names_the_threads_and_the_dtype(cache, measured):

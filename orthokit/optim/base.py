@@ -113,11 +113,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self, chunks: Sequence[Sequence[Piece]], move: Callable[[Any, dict[str, Any]], None], group: dict[str, Any]
     ) -> None:
         """Call ``move(chunk, group)`` for every chunk: on a CPU for several at a time, on one core each."""
-        if len(chunks) == 1 or torch.get_num_threads() == 1:
-            for chunk in chunks:
-                move(chunk, group)
-            return
-        together = [chunk for chunk in chunks if _can_share(chunk)]
+        several = len(chunks) > 1 and torch.get_num_threads() > 1
+        together = [chunk for chunk in chunks if several and _can_share(chunk)]
         costs = [sum(self._cost(piece.block, group) for piece in chunk) for chunk in together]
         if not together or sum(costs) < _WORTH:
             for chunk in chunks:

@@ -84,7 +84,7 @@ def test_the_rate_of_products_decides_on_the_way_and_not_on_the_result(monkeypat
             W.grad = randn(*shape, seed=step + 1)
             optimizer.step()
         results[rate] = W.detach()
-    # The shorter side of the second shape is transposed at no rate: it takes longer to say so than to multiply.
+    # Both sides of the first shape have 128 rows or more; at the shorter one of the second nothing is transposed.
     assert ways == {1e6: {True, min(shape) >= 128}, 1e15: {False}}
     torch.testing.assert_close(results[1e6], results[1e15], rtol=0, atol=1e-12)
 
